@@ -1,0 +1,236 @@
+"""LLaVA: picture features stand in the language model's input where `<image>` stood in the text.
+
+Papers: LLaVA v1, "Visual Instruction Tuning" (arXiv 2304.08485, section 4.1) and LLaVA-1.5,
+"Improved Baselines with Visual Instruction Tuning" (arXiv 2310.03744). Nothing else happens here:
+
+    text      USER :  <image>  What is this ?
+    ids        5   9   -200      7   3   8  2
+    spliced   [5] [9] [v1][v2]...[vN] [7] [3] [8] [2]      vi = projector(vit(picture))[i]
+    labels     .   .   .   .      .    .   .   .   .       no answer word comes from a picture
+
+From there on the decoder cannot tell picture features from word embeddings.
+
+Letters for shapes, in every file: B batch, T sequence (T' after splicing), S keys in the cache (in
+vit.py and image.py: pixels per side), N patches, P patch side, D width, H heads, K key-value heads,
+Dh head width, F MLP width, V vocabulary, I images.
+
+Read next: image.py and data.py make the inputs; train.py and generate.py use the model.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import checkpoint
+import tokenizer
+from data import IGNORE, IMAGE_TOKEN
+from image import ImageConfig
+from llama import LLaMA, LLaMAConfig
+from projector import build_projector
+from vit import ViT, ViTConfig
+
+
+@dataclass(frozen=True)
+class LLaVAConfig:
+    """The three parts and how they are joined; the defaults are LLaVA-1.5-7B."""
+
+    vision: ViTConfig = field(default_factory=ViTConfig)
+    text: LLaMAConfig = field(default_factory=LLaMAConfig)
+    image: ImageConfig = field(default_factory=ImageConfig)
+    projector: str = "mlp2x_gelu"  # "linear" in v1
+    vision_layer: int = -2  # which hidden state of the ViT feeds the projector
+    keep_class: bool = False  # does the ViT's class token go along with the patches?
+    template: str = "v1"  # conversation template, see data.py
+
+    def __post_init__(self):
+        if self.image.image_size != self.vision.image_size:
+            raise ValueError(
+                f"pictures are prepared at {self.image.image_size} pixels, "
+                f"but the vision tower takes {self.vision.image_size}"
+            )
+
+
+class LLaVA(nn.Module):
+    def __init__(self, config: LLaVAConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = ViT(config.vision)
+        self.projector = build_projector(config.projector, config.vision.dim, config.text.dim)
+        self.language_model = LLaMA(config.text)
+        self.tokenizer = None  # set by from_pretrained when the folder has one
+        self.template = config.template
+
+    @classmethod
+    def from_pretrained(cls, path, vision_tower=None, dtype=None, device=None) -> "LLaVA":
+        """Load a llava-hf folder (single-file or sharded, old or new tensor names).
+
+        `vision_tower`: a CLIP folder that replaces the tower in the checkpoint.
+        `dtype`, `device`: default to the stored type and the CPU.
+        Raises ValueError naming all tensors that are missing, unexpected or misshapen.
+        """
+        source = checkpoint.Checkpoint(path)
+        config = cls.read_config(source)
+        model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device)
+        if vision_tower is not None:
+            model.vision_tower = ViT.from_pretrained(vision_tower, dtype, device)
+            if model.vision_tower.config != config.vision:
+                raise ValueError(
+                    f"the tower in {vision_tower} is {model.vision_tower.config}, "
+                    f"but {path} was trained with {config.vision}"
+                )
+        model.tokenizer = tokenizer.load(path) if tokenizer.find(path) else None
+        return model
+
+    @staticmethod
+    def read_config(source: "checkpoint.Checkpoint") -> LLaVAConfig:
+        parts = source.llava_config()  # plain dictionaries
+        return LLaVAConfig(
+            vision=ViTConfig(**parts.pop("vision")),
+            text=LLaMAConfig(**parts.pop("text")),
+            image=ImageConfig(**parts.pop("image")),
+            **parts,
+        )
+
+    def encode_images(self, pixels):
+        """Pictures -> visual words: a list of float[n_tiles, 3, S, S] -> a list of float[n, D].
+
+        All tiles go through the tower in one batch. While the tower is frozen it runs without
+        autograd; the projector always takes part.
+        """
+        for i, tiles in enumerate(pixels):
+            if tiles.shape[0] != 1:
+                raise ValueError(
+                    f"picture {i} has {tiles.shape[0]} tiles; this version handles one per picture"
+                )
+        weight = self.projector[0].weight
+        tiles = torch.cat(list(pixels)).to(weight.device, weight.dtype)  # (I, 3, S, S)
+        frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.no_grad() if frozen else torch.enable_grad():
+            features = self.vision_tower(tiles, self.config.vision_layer, self.config.keep_class)
+        return list(self.projector(features))  # I x (N, D)
+
+    def forward(self, input_ids, pixels=(), image_sizes=None, labels=None, attention_mask=None):
+        """Logits float[B, T', V] over the spliced sequence, rows padded on the right.
+
+        input_ids:      int[B, T], IMAGE_TOKEN (-200) where a picture goes
+        pixels:         a list with one float[n_tiles, 3, S, S] per picture, in reading order
+        image_sizes:    [(width, height)] of the original pictures (AnyRes needs them)
+        labels:         int[B, T] with IGNORE (-100) where nothing is learned; only `loss` uses them
+        attention_mask: int[B, T], 0 for padding, else the document number (1, or 1, 2, ... packed)
+
+        Raises ValueError when the number of pictures differs from the number of IMAGE_TOKENs.
+        """
+        embeds, _, mask = self.embed(input_ids, pixels, labels, attention_mask)
+        return self.language_model(embeds=embeds, mask=mask)
+
+    def loss(
+        self,
+        input_ids,
+        pixels=(),
+        image_sizes=None,
+        labels=None,
+        attention_mask=None,
+        reduction="mean",
+    ):
+        """Cross-entropy of each supervised token given all before it -> scalar.
+
+        The mean runs over the supervised tokens of the batch, or with reduction="sum" their sum is
+        returned. Logits are computed at supervised places only: a picture's 576 features and the
+        question never meet the vocabulary.
+        """
+        embeds, labels, mask = self.embed(input_ids, pixels, labels, attention_mask)
+        hidden = self.language_model.hidden(embeds=embeds, mask=mask)  # (B, T', D)
+        #     tokens  <s>  USER  What  ASSISTANT  A    cat  </s>
+        #     labels   .    .     .        .      A    cat  </s>
+        #     target   .    .     .        A      cat  </s>  .     the token at t is told at t - 1
+        target = labels[:, 1:]  # (B, T'-1)
+        supervised = target != IGNORE
+        logits = self.language_model.head(hidden[:, :-1][supervised])  # (supervised, V)
+        return F.cross_entropy(logits.float(), target[supervised], reduction=reduction)
+
+    def embed(self, input_ids, pixels=(), labels=None, attention_mask=None, pad_left=False):
+        """Everything before the decoder: embeds float[B, T', D], labels and mask int[B, T'].
+
+        Rows are re-padded after splicing, on the right or (for generation) on the left.
+        """
+        if labels is None:
+            labels = torch.full_like(input_ids, IGNORE)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        is_image = (input_ids == IMAGE_TOKEN) & (attention_mask != 0)
+        if is_image.sum() != len(pixels):
+            raise ValueError(
+                f"the text has {is_image.sum()} <image> and {len(pixels)} pictures were given: "
+                "there must be one for each"
+            )
+        features = iter(self.encode_images(pixels) if len(pixels) else ())
+        rows = []
+        for ids, row_labels, row_mask in zip(input_ids, labels, attention_mask, strict=True):
+            keep = row_mask != 0
+            n_images = int((ids[keep] == IMAGE_TOKEN).sum())
+            row_features = [next(features) for _ in range(n_images)]
+            rows.append(self.splice(ids[keep], row_labels[keep], row_mask[keep], row_features))
+        embeds, labels, mask = zip(*rows, strict=True)
+        length = max(len(row) for row in mask)
+        return (
+            pad(embeds, length, 0, pad_left),  # (B, T', D)
+            pad(labels, length, IGNORE, pad_left),  # (B, T')
+            pad(mask, length, 0, pad_left),  # (B, T')
+        )
+
+    def splice(self, ids, labels, mask, features):
+        """Replace each IMAGE_TOKEN of one row by its picture's features; int[T] -> [T', ...].
+
+        The place of a picture is first repeated once per feature, in ids, labels and mask alike;
+        then the features are laid into the repeated places.
+        """
+        is_image = ids == IMAGE_TOKEN
+        repeats = torch.ones_like(ids)
+        repeats[is_image] = torch.tensor([len(f) for f in features], device=ids.device).to(ids)
+        ids, labels, mask = (row.repeat_interleave(repeats) for row in (ids, labels, mask))  # (T')
+        is_image = ids == IMAGE_TOKEN
+        embeds = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))  # (T', D)
+        if features:
+            embeds = embeds.masked_scatter(is_image[:, None], torch.cat(features).to(embeds.dtype))
+        return embeds, labels.masked_fill(is_image, IGNORE), mask
+
+
+def pad(rows, length: int, value, left: bool):
+    """Stack rows [Ti, ...] into [B, length, ...], filling with `value` on one side."""
+    padded = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
+    for i, row in enumerate(rows):
+        start = length - len(row) if left else 0
+        padded[i, start : start + len(row)] = row
+    return padded
+
+
+def main():
+    """Print the shapes of a small LLaVA at work."""
+    config = LLaVAConfig(
+        vision=ViTConfig(image_size=56, dim=64, mlp_dim=128, n_layers=3, n_heads=4),
+        text=LLaMAConfig(vocab_size=100, dim=32, mlp_dim=64, n_layers=2, n_heads=4, n_kv_heads=4),
+        image=ImageConfig(image_size=56),
+    )
+    model = LLaVA(config).eval()
+    ids = torch.tensor([[1, 5, 9, IMAGE_TOKEN, 7, 3, 8, 2]])
+    pixels = [torch.randn(1, 3, 56, 56)]
+    print(f"input ids        {ids.tolist()[0]}")
+    print(f"pixels           {list(pixels[0].shape)}  (n_tiles, 3, S, S)")
+    with torch.no_grad():
+        print(f"visual words     {list(model.encode_images(pixels)[0].shape)}  (N, D)")
+        embeds, labels, mask = model.embed(ids, pixels)
+        print(f"spliced          {list(embeds.shape)}  (B, T', D), T' = 7 words + 16 patches")
+        print(f"logits           {list(model(ids, pixels).shape)}  (B, T', V)")
+        print(f"loss             {model.loss(ids, pixels, labels=ids.clamp(min=IGNORE)):.3f}")
+    with torch.device("meta"):
+        n_parameters = sum(p.numel() for p in LLaVA(LLaVAConfig()).parameters())
+    print(f"LLaVA-1.5-7B has {n_parameters:,} parameters")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    main()

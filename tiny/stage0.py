@@ -1,0 +1,386 @@
+"""Stage 0: what the real recipe downloads, made here. A tokenizer, a CLIP-style ViT, a small LLaMA.
+
+    python tiny/stage0.py tokenizer    a sentencepiece model of the world's language (seconds)
+    python tiny/stage0.py vit          a ViT trained contrastively against captions (CLIP, arXiv
+                                       2103.00020), then probed
+    python tiny/stage0.py llama        a LLaMA that answers questions about *written* scenes
+
+The results lie in tiny/weights/, so stage 1 starts where the papers start: with an eye and a voice
+that know nothing of each other. Two things had to be found out, and are measured at the end:
+
+- A contrastive loss is content with colour and place as soon as these tell the pictures of a batch
+  apart, and then never learns what the stickers show. So a batch holds groups of four pictures
+  that agree in everything but the kinds. The probe reads the kind from single patch features.
+- Before it is asked to see, the LLaMA must be able to answer from notes; what it can't work out
+  in words it will not work out from a picture.
+"""
+
+import argparse
+import io
+import json
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from multiprocessing import Pool
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import checkpoint
+import image
+import talk
+import tokenizer
+import world
+from data import IGNORE, encode
+from image import ImageConfig
+from llama import LLaMA, LLaMAConfig
+from vit import ViT, ViTConfig
+
+WEIGHTS = Path(__file__).parent / "weights"
+VIT = ViTConfig(image_size=96, patch_size=12, dim=192, mlp_dim=768, n_layers=6, n_heads=6)
+LLAMA = LLaMAConfig(
+    vocab_size=1024,
+    dim=192,
+    mlp_dim=512,
+    n_layers=5,
+    n_heads=6,
+    n_kv_heads=6,
+    max_positions=1024,
+    tied_embeddings=True,
+)
+TRAIN, PROBE, TEST = 0, 1, 2  # seeds of the worlds: for training, the probe's, fresh ones
+
+
+def random_of(*seed: int):
+    return np.random.RandomState(list(seed))
+
+
+# ---- tokenizer ------------------------------------------------------------------------------
+
+
+def train_tokenizer(out: Path):
+    """Byte-fallback BPE, LLaMA's own kind, on 20,000 conversations of the world."""
+    import sentencepiece
+
+    def sentences():
+        for i in range(20_000):
+            for turn in written_conversation(TRAIN, i):
+                yield from turn["value"].split("\n")
+        yield from (TEXT_OF_V1,) * 200
+
+    from data import TEMPLATES
+
+    TEXT_OF_V1 = TEMPLATES["v1"].system + "USER: ASSISTANT:"
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=sentences(),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=LLAMA.vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        required_chars="".join(map(chr, range(33, 127))),
+        num_threads=1,
+        minloglevel=2,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.model").write_bytes(model.getvalue())
+
+
+# ---- LLaMA ----------------------------------------------------------------------------------
+
+
+def written_conversation(seed: int, index: int) -> list[dict]:
+    """A record of any type about a scene that is given as notes instead of a picture."""
+    random = random_of(seed, index, 1)
+    which = random.randint(20)
+    scene = world.make_scene(seed, index)
+    if which == 0:
+        turns = talk.knowledge(random)
+    else:
+        turns = talk.record(scene, random, which)
+        question, answer = turns[0]
+        turns[0] = (f"{talk.notes(scene, random)}\n{question}", answer)
+    return [
+        {"from": role, "value": text}
+        for turn in turns
+        for role, text in zip(("human", "gpt"), turn, strict=True)
+    ]
+
+
+def written_sample(seed: int, index: int, words) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a written conversation, or (one in six) of notes and a caption.
+
+    The caption follows its notes as it will follow its picture in stage 1 (template "plain").
+    """
+    if index % 6:
+        return encode(written_conversation(seed, index), words, "v1", LLAMA.max_positions)
+    scene, random = world.make_scene(seed, index), random_of(seed, index, 1)
+    seen = words.encode(talk.notes(scene, random), bos=True)
+    told = words.encode(talk.caption(scene, random) + "\n")
+    return seen + told, [IGNORE] * len(seen) + told
+
+
+def padded(rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of (ids, labels) -> int[B, T] each, padded on the right."""
+    length = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [IGNORE] * (length - len(labels)) for _, labels in rows])
+    return ids, labels
+
+
+def train_llama(out: Path, steps: int, batch: int = 48, lr: float = 1.5e-3):
+    words = tokenizer.load(WEIGHTS / "llama")
+    torch.manual_seed(0)
+    config = replace(LLAMA, vocab_size=words.vocab_size)
+    llama = LLaMA(config).apply(partial(init, std=0.02))
+    optimizer, schedule = adamw(llama, lr, steps)
+    started = time.time()
+    loader = torch.utils.data.DataLoader(
+        range(steps),
+        None,
+        num_workers=1,
+        collate_fn=lambda step: padded(
+            [written_sample(TRAIN, step * batch + i, words) for i in range(batch)]
+        ),
+    )
+    for step, (ids, labels) in enumerate(loader):
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = llama.hidden(ids)
+            target = labels[:, 1:]
+            logits = llama.head(hidden[:, :-1][target != IGNORE])
+        loss = F.cross_entropy(logits.float(), target[target != IGNORE])
+        update(llama, optimizer, schedule, loss)
+        report(step, steps, started, loss=loss.item())
+        if (step + 1) % 500 == 0:
+            checkpoint.save(
+                out,
+                "language_model",
+                llama.state_dict(),
+                asdict(config),
+                tokenizer=WEIGHTS / "llama" / "tokenizer.model",
+                dtype=torch.float16,
+            )
+            print(json.dumps(exact_answers(llama, words, 200)), flush=True)
+
+
+@torch.no_grad()
+def exact_answers(llama, words, n_scenes: int) -> dict[str, float]:
+    """Share of exact short answers from notes, by family, on fresh scenes (teacher-forced argmax)."""
+    llama.eval()
+    right: dict[str, list[bool]] = {}
+    families = {**talk.SHORT, "choice": talk.choice}
+    for name, ask in families.items():
+        rows = []
+        for i in range(n_scenes):
+            scene, random = world.make_scene(TEST, i), random_of(TEST, i, 2)
+            if turn := ask(scene, random):
+                prompt = talk.LETTER_PROMPT if name == "choice" else talk.SHORT_PROMPT
+                question = f"{talk.notes(scene, random)}\n{turn[0]}\n{prompt}"
+                turns = ({"from": "human", "value": question}, {"from": "gpt", "value": turn[1]})
+                rows.append(encode(turns, words, "v1"))
+        ids, labels = padded(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            guess = llama(ids)[:, :-1].argmax(-1)
+        target = labels[:, 1:]
+        right[name] = ((guess == target) | (target == IGNORE)).all(1).float().mean().item()
+    llama.train()
+    right["all"] = sum(right.values()) / len(right)
+    return {name: round(share, 4) for name, share in right.items()}
+
+
+# ---- ViT ------------------------------------------------------------------------------------
+
+
+class Contrast(nn.Module):
+    """CLIP around a ViT: a small text tower, two projections and a temperature."""
+
+    def __init__(self, vocab_size: int, dim: int = 128):
+        super().__init__()
+        self.vit = ViT(VIT)
+        sizes = replace(LLAMA, vocab_size=vocab_size, n_layers=2)
+        self.text = LLaMA(sizes)
+        self.image_projection = nn.Linear(VIT.dim, dim, bias=False)
+        self.text_projection = nn.Linear(sizes.dim, dim, bias=False)
+        self.apply(partial(init, std=0.02))
+        self.log_scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, pixels, captions, ends):
+        """Loss and share of pictures whose own caption fits best."""
+        images = F.normalize(self.image_projection(self.vit.pool(pixels)), dim=-1)  # (B, D)
+        hidden = self.text.hidden(captions)[torch.arange(len(ends)), ends]  # (B, D)
+        texts = F.normalize(self.text_projection(hidden), dim=-1)
+        scores = (images @ texts.T).float() * self.log_scale.exp().clamp(max=100)  # (B, B)
+        own = torch.arange(len(scores))
+        loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+        return loss, (scores.argmax(1) == own).float().mean()
+
+
+def group(index: int) -> tuple[list[np.ndarray], list[str]]:
+    """Four pictures that differ in the kinds only, and their captions."""
+    random = random_of(TRAIN, index, 3)
+    base = world.make_scene(TRAIN, index)
+    pictures, captions = [], []
+    for _ in range(4):
+        stickers = []
+        for s in base.stickers:
+            kinds = [k for k in world.KINDS if not world.held_out(k, s.place, s.size)]
+            stickers.append(replace(s, kind=talk.pick(random, kinds)))
+        scene = replace(base, stickers=tuple(stickers))
+        pictures.append(np.asarray(world.draw(scene).resize((96, 96), 3)))
+        captions.append(talk.caption(scene, random))
+    return pictures, captions
+
+
+def normalised(pictures) -> torch.Tensor:
+    """uint8[B, 96, 96, 3] -> float[B, 3, 96, 96] as image.to_pixels makes them."""
+    config = ImageConfig(image_size=96)
+    pixels = torch.as_tensor(np.asarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (config.mean, config.std))
+    return (pixels - mean) / std
+
+
+def train_vit(out: Path, steps: int, groups: int, batch: int = 128, lr: float = 1e-3):
+    words = tokenizer.load(WEIGHTS / "llama")
+    with Pool(2) as pool:
+        drawn = pool.map(group, range(groups), chunksize=64)
+    pictures = np.stack([p for group_pictures, _ in drawn for p in group_pictures])
+    ids = [words.encode(c, bos=True, eos=True) for _, captions in drawn for c in captions]
+    print(f"{len(pictures)} pictures drawn", flush=True)
+    torch.manual_seed(0)
+    model = Contrast(words.vocab_size)
+    optimizer, schedule = adamw(model, lr, steps)
+    generator = torch.Generator().manual_seed(0)
+    started = time.time()
+    for step in range(steps):
+        chosen = torch.randint(groups, (batch // 4,), generator=generator)
+        chosen = (chosen[:, None] * 4 + torch.arange(4)).flatten().tolist()
+        rows = [ids[i] for i in chosen]
+        ends = torch.tensor([len(row) - 1 for row in rows])
+        length = int(ends.max()) + 1
+        captions = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        pixels = normalised(pictures[chosen])
+        # Light and contrast vary a little, so that no feature hangs on an exact shade.
+        gain, shift = torch.randn(2, batch, 3, 1, 1, generator=generator) * 0.06
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, accuracy = model(pixels * (1 + gain) + shift, captions, ends)
+        update(model, optimizer, schedule, loss)
+        report(step, steps, started, loss=loss.item(), accuracy=accuracy.item())
+        if (step + 1) % 500 == 0 or step + 1 == steps:
+            checkpoint.save(
+                out, "vision_tower", model.vit.state_dict(), asdict(VIT), dtype=torch.float16
+            )
+            print(json.dumps(probe(model.vit)), flush=True)
+
+
+def probe(vit, n_train: int = 2000, n_test: int = 1000) -> dict[str, float]:
+    """A linear probe on frozen patch features at layer -2: which kind lies on this patch?
+
+    It sees the one patch under the middle of a sticker; train and test pictures are fresh.
+    """
+
+    def features(seed, count):
+        config = ImageConfig(image_size=96)
+        found, kinds, small = [], [], []
+        for start in range(0, count, 200):
+            scenes = [world.make_scene(seed, i) for i in range(start, start + 200)]
+            pixels = torch.cat([image.to_pixels(world.draw(s), config) for s in scenes])
+            with torch.no_grad():
+                grid = vit(pixels, -2).view(200, 8, 8, -1)  # (B, rows, columns, D)
+            for scene, patches in zip(scenes, grid, strict=True):
+                for s in scene.stickers:
+                    x, y = (c * 8 // world.SHEET for c in s.centre)
+                    found.append(patches[y, x])
+                    kinds.append(world.KINDS.index(s.kind))
+                    small.append(s.size == "small")
+        return torch.stack(found), torch.tensor(kinds), torch.tensor(small)
+
+    vit.eval()
+    x, y, _ = features(PROBE, n_train)
+    mean, std = x.mean(0), x.std(0)
+    linear = nn.Linear(VIT.dim, len(world.KINDS))
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.02, weight_decay=0.02)
+    for _ in range(400):
+        optimizer.zero_grad()
+        F.cross_entropy(linear((x - mean) / std), y).backward()
+        optimizer.step()
+    x, y, small = features(TEST, n_test)
+    right = (linear((x - mean) / std).argmax(1) == y).float()
+    vit.train()
+    return {
+        "probe": round(right.mean().item(), 4),
+        "small": round(right[small].mean().item(), 4),
+        "large": round(right[~small].mean().item(), 4),
+    }
+
+
+# ---- shared ---------------------------------------------------------------------------------
+
+
+def init(module, std: float):
+    if isinstance(module, nn.Linear | nn.Embedding | nn.Conv2d):
+        nn.init.normal_(module.weight, std=std)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+def adamw(model, lr: float, steps: int):
+    """AdamW with 5 % warm-up and a cosine to zero; matrices decay, vectors do not."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, lr, steps, pct_start=0.05, cycle_momentum=False
+    )
+    return optimizer, schedule
+
+
+def update(model, optimizer, schedule, loss):
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    schedule.step()
+
+
+def report(step, steps, started, **figures):
+    if step % 20 == 0 or step + 1 == steps:
+        rate = (time.time() - started) / (step + 1)
+        row = {"step": step, **{k: round(v, 4) for k, v in figures.items()}}
+        row |= {
+            "seconds_per_step": round(rate, 3),
+            "minutes_left": round(rate * (steps - step) / 60),
+        }
+        print(json.dumps(row), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=("tokenizer", "vit", "llama"))
+    parser.add_argument("--steps", type=int, help="optimizer steps")
+    parser.add_argument("--groups", type=int, default=12_000, help="groups of four pictures (vit)")
+    parser.add_argument("--out", type=Path, help="folder for the result")
+    args = parser.parse_args()
+    if args.part == "tokenizer":
+        train_tokenizer(args.out or WEIGHTS / "llama")
+    elif args.part == "vit":
+        train_vit(args.out or WEIGHTS / "vit", args.steps or 3000, args.groups)
+    else:
+        train_llama(args.out or WEIGHTS / "llama", args.steps or 3500)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Text <-> token ids: one interface over the three tokenizer files that LLaVA's decoders come with.
+
+    file               format                        decoders
+    tokenizer.model    sentencepiece (a protobuf)    LLaMA 1/2, Vicuna, Mistral, Yi, the tiny model
+    tokenizer.model    tiktoken ("base64 rank")      LLaMA 3 as Meta ships it
+    tokenizer.json     byte-level BPE                LLaMA 3 and SmolLM2 from the Hugging Face hub
+
+The first bytes of the file tell which it is. Text is always plain text here: whoever types `</s>`
+gets the letters, never the control token, so a question cannot end its own turn. Control tokens
+enter a prompt by id (`token_id`), and `decode` leaves them out.
+
+One character can span several tokens: a decoded prefix may end in U+FFFD until the rest arrives,
+so a stream decodes all ids so far and holds back a trailing U+FFFD. Read next: data.py.
+"""
+
+import base64
+import json
+import re
+from pathlib import Path
+
+# Text is first cut into words by a regular expression; bytes are merged within a word only.
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# SmolLM2 sets every digit apart and cuts the rest as GPT-2 does. In one expression: a digit takes
+# no space along, and blanks before a digit stay together as they do at the end of the text.
+SMOLLM2 = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+)
+LLAMA3_SPECIAL = {  # places after the 128,000 ordinary tokens; the rest of 256 is reserved
+    "<|begin_of_text|>": 0,
+    "<|end_of_text|>": 1,
+    "<|start_header_id|>": 6,
+    "<|end_header_id|>": 7,
+    "<|eot_id|>": 9,
+}
+
+
+def find(path) -> Path | None:
+    """The tokenizer file in a folder, or None."""
+    files = (Path(path) / name for name in ("tokenizer.model", "tokenizer.json"))
+    return next((file for file in files if file.is_file()), None)
+
+
+def load(path) -> "SentencePiece | ByteBPE":
+    """The tokenizer in a file or folder. Raises ValueError if there is none of a known format."""
+    file = find(path) if Path(path).is_dir() else Path(path)
+    if file is None or not file.is_file():
+        raise ValueError(f"{path} has no tokenizer: expected tokenizer.model or tokenizer.json")
+    content = file.read_bytes()
+    if content.startswith(b"{"):
+        return read_json(content, file)
+    if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
+        return read_tiktoken(content, file)
+    return SentencePiece(content, file)
+
+
+class SentencePiece:
+    """LLaMA 1/2, Vicuna, Mistral, Yi. Each encoded text gets a leading space, as in training."""
+
+    def __init__(self, content: bytes, file):
+        import sentencepiece
+
+        self.model = sentencepiece.SentencePieceProcessor()
+        try:
+            self.model.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise ValueError(
+                f"{file} is neither a sentencepiece model nor a tiktoken file nor JSON"
+            ) from None
+        self.vocab_size = self.model.vocab_size()
+        ends = self.model.bos_id(), self.model.eos_id()  # -1: the model has none
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in ends)
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Text -> ids; see `frame` for `bos` and `eos`."""
+        return frame(self, self.model.encode(text), bos, eos)
+
+    def decode(self, ids) -> str:
+        """Ids -> text without control tokens. Raises ValueError for an id out of range."""
+        check_range(self, ids)
+        return self.model.decode([i for i in ids if not self.model.is_control(i)])
+
+    def token_id(self, piece: str) -> int:
+        """The id of one token, such as "</s>". Raises ValueError if there is none."""
+        i = self.model.piece_to_id(piece)
+        if self.model.id_to_piece(i) != piece:
+            raise ValueError(f"the tokenizer has no token {piece!r}")
+        return i
+
+
+class ByteBPE:
+    """LLaMA 3, SmolLM2: UTF-8 bytes, merged pair by pair in the order in which training did."""
+
+    def __init__(self, pattern: str, pieces: dict, special: dict, bos_id=None, eos_id=None):
+        """`pieces`: {bytes: id or None} in merge order; `special`: {name: id}."""
+        import tiktoken
+
+        ranks = {piece: rank for rank, piece in enumerate(pieces)}
+        self.merger = tiktoken.Encoding(
+            "", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        )
+        self.ids = list(pieces.values())  # rank -> id; None where a byte has none and is dropped
+        self.bytes = {i: piece for piece, i in pieces.items() if i is not None}
+        self.special, self.bos_id, self.eos_id = special, bos_id, eos_id
+        self.vocab_size = max([*self.bytes, *special.values()]) + 1
+
+    def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
+        """Text -> ids; see `frame` for `bos` and `eos`."""
+        ids = (self.ids[rank] for rank in self.merger.encode_ordinary(text))
+        return frame(self, [i for i in ids if i is not None], bos, eos)
+
+    def decode(self, ids) -> str:
+        """Ids -> text without control tokens. Raises ValueError for an id out of range."""
+        check_range(self, ids)
+        return b"".join(self.bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
+
+    def token_id(self, piece: str) -> int:
+        """The id of one control token, such as "<|eot_id|>". Raises ValueError if there is none."""
+        if piece not in self.special:
+            raise ValueError(f"the tokenizer has no token {piece!r}")
+        return self.special[piece]
+
+
+def frame(tokenizer, ids: list[int], bos: bool, eos: bool) -> list[int]:
+    """Put the beginning-of-sequence token first, where there is one, and end-of-sequence last."""
+    if eos and tokenizer.eos_id is None:
+        raise ValueError("the tokenizer names no end-of-sequence token")
+    first = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+    return first + ids + ([tokenizer.eos_id] if eos else [])
+
+
+def check_range(tokenizer, ids):
+    for i in ids:
+        if not 0 <= i < tokenizer.vocab_size:
+            raise ValueError(f"token id {i} is not in 0 ... {tokenizer.vocab_size - 1}")
+
+
+def read_tiktoken(content: bytes, file) -> ByteBPE:
+    """Meta's LLaMA 3 file: one token a line, base64 and rank; the rank is the id."""
+    lines = (line.split() for line in content.splitlines())
+    try:
+        pieces = {base64.b64decode(piece): int(rank) for piece, rank in lines}
+    except ValueError:
+        raise ValueError(f"{file} has a line that is not 'base64 rank'") from None
+    n = len(pieces)
+    if n != 128_000 or list(pieces.values()) != list(range(n)):
+        raise ValueError(f"{file} has {n} tokens; LLaMA 3 has 128000, ranked in order")
+    special = {f"<|reserved_{place}|>": n + place for place in range(256)}
+    special |= {name: n + place for name, place in LLAMA3_SPECIAL.items()}
+    return ByteBPE(LLAMA3, pieces, special, bos_id=n, eos_id=n + 1)
+
+
+def read_json(content: bytes, file) -> ByteBPE:
+    """A Hugging Face tokenizer.json; tokenizer_config.json beside it names the end token."""
+    try:
+        parts = json.loads(content)
+    except ValueError:
+        raise ValueError(f"{file} is broken: it starts like JSON and is none") from None
+    pattern = find_pattern(parts)
+    if pattern is None:
+        raise ValueError(f"{file} is a kind of tokenizer.json other than SmolLM2's and LLaMA 3's")
+    # GPT-2 writes every byte as a printable character: 188 as themselves, the rest from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    byte_of = {chr(byte): byte for byte in printable}
+    byte_of |= {chr(256 + i): byte for i, byte in enumerate(others)}
+    # A merge is "a b" or ["a", "b"]; several may lead to the same token, the first one counts.
+    merges = (
+        m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in parts["model"]["merges"]
+    )
+    vocab = parts["model"]["vocab"]
+    special = {token["content"]: token["id"] for token in parts["added_tokens"]}
+    pieces = {
+        bytes(byte_of[c] for c in token): vocab.get(token)
+        for token in dict.fromkeys([*byte_of, *merges])
+    }
+    config_file = file.with_name("tokenizer_config.json")
+    config = json.loads(config_file.read_bytes()) if config_file.is_file() else {}
+    eos = config.get("eos_token")
+    eos = eos["content"] if isinstance(eos, dict) else eos
+    return ByteBPE(pattern, pieces, special, find_bos(parts, special), special.get(eos))
+
+
+def find_pattern(parts: dict) -> str | None:
+    """The expression that cuts words as this file's normalizer and pre-tokenizer do, or None."""
+    digits = {"type": "Digits", "individual_digits": True}
+    split = {"type": "Split", "pattern": {"Regex": LLAMA3}, "behavior": "Isolated", "invert": False}
+    to_bytes = {"type": "ByteLevel", "add_prefix_space": False}
+    forms = {
+        SMOLLM2: [digits, to_bytes | {"use_regex": True}],
+        LLAMA3: [split, to_bytes | {"use_regex": False}],
+    }
+    steps = (parts.get("pre_tokenizer") or {}).get("pretokenizers", [])
+    for pattern, form in forms.items():
+        same = [wanted.items() <= step.items() for wanted, step in zip(form, steps, strict=False)]
+        if not parts.get("normalizer") and len(steps) == 2 and all(same):
+            return pattern
+    return None
+
+
+def find_bos(parts: dict, special: dict) -> int | None:
+    """The token which the file's post-processor puts before a text, or None."""
+    after = parts.get("post_processor") or {}
+    for step in after.get("processors", [after]):
+        if step.get("type") == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+            return special[step["single"][0]["SpecialToken"]["id"]]
+    return None
+
+
+def main(path):
+    """Show what a tokenizer makes of a sentence."""
+    tokenizer = load(path)
+    text = "What is in this picture? 2 dogs, 1 café 🐶"
+    ids = tokenizer.encode(text, bos=True)
+    print(f"{type(tokenizer).__name__}: {tokenizer.vocab_size:,} tokens", end=", ")
+    print(f"begin {tokenizer.bos_id}, end {tokenizer.eos_id}")
+    print(f"text   {text}")
+    print(f"ids    {ids}")
+    print(f"pieces {[tokenizer.decode([i]) for i in ids]}")
+    print(f"back   {tokenizer.decode(ids)}")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("path", nargs="?", help="a tokenizer file, or a folder with one")
+    args = parser.parse_args()
+    if args.path:
+        main(args.path)
+    else:
+        print("python tokenizer.py PATH   PATH: a tokenizer file, or a model folder with one")
