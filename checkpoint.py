@@ -1,4 +1,4 @@
-"""Weights on disk: official layouts <-> the names used here, strict both ways, one tensor at a time.
+"""Weights on disk: official layouts <-> the names used here, strict both ways.
 
 A checkpoint is a folder: config.json has the sizes, *.safetensors the tensors. Three families are
 read, told apart by what config.json says and never by the name of a folder:
@@ -11,7 +11,7 @@ NAMES is the whole translation, and `save` reads the same table from right to le
 asks for and this code does not do is refused: loaded anyway, it would only give other numbers.
 
 No model file is imported; `build` is told how to make the module. Read next: `from_pretrained` in
-vit.py, llama.py and llava.py, each a few lines.
+vit.py, llama.py and llava.py, a few lines each.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 # How a stored name starts -> how ours starts; the first row that fits counts. "(a|b)" stands where
 # versions of transformers differ: both are read, the first is written, and every version reads it.
@@ -39,10 +40,7 @@ CLIP = (
 )
 NAMES = {
     "clip": CLIP,
-    "llama": (
-        ("lm_head.", "language_model.lm_head."),
-        ("model.", "language_model."),
-    ),
+    "llama": (("lm_head.", "language_model.lm_head."), ("model.", "language_model.")),
     "llava-hf": (
         *((f"(|model.)vision_tower.{stored}", ours) for stored, ours in CLIP),
         ("(|model.)multi_modal_projector.linear_1.", "projector.0."),
@@ -51,7 +49,7 @@ NAMES = {
         ("(language_model.model.|model.language_model.)", "language_model."),
     ),
 }
-# Stored tensors that are left out, and why; Checkpoint.redundant adds those that depend on config.
+# Stored tensors that are left out, and why. Checkpoint.copies adds those that depend on the config.
 OMITTED = (
     (r"text_(model|projection)\.", "CLIP's text half; LLaVA has its own language model"),
     (
@@ -85,13 +83,9 @@ TEXT = {
     "max_position_embeddings": ("max_positions", 2048),
     "tie_word_embeddings": ("tied_embeddings", False),
 }
-MISTRAL = {  # where its assumptions are others
-    "intermediate_size": 14336,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-    "sliding_window": 4096,
-}
-DECODERS = {"llama": {}, "mistral": MISTRAL}  # model_type of a text config
+MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096}
+MISTRAL |= {"max_position_embeddings": 131072}
+DECODERS = {"llama": {}, "mistral": MISTRAL}  # model_type -> what it assumes instead
 # Options of which this code knows one value only.
 ONLY = {
     "vision": {"model_type": "clip_vision_model", "num_channels": 3},
@@ -101,12 +95,9 @@ ONLY = {
 PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}  # projector_hidden_act -> our kind
 KEEP_CLASS = {"default": False, "full": True}  # vision_feature_select_strategy -> keep_class
 NOTES = "llava_from_scratch"  # key of config.json for what transformers has no word for
-DTYPES = {  # what a weight can be; quantised formats are not among them
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+KINDS = {"vision_tower": "clip", "language_model": "llama", "llava": "llava-hf"}
+# What a weight can be, in the words of safetensors; quantised formats are not among them.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class CheckpointError(ValueError):
@@ -118,7 +109,7 @@ class Stored(NamedTuple):
 
     file: Path
     shape: list[int]
-    dtype: str  # in the words of safetensors, see DTYPES
+    dtype: str  # a key of DTYPES, or something that is no weight
 
 
 class Checkpoint:
@@ -130,14 +121,15 @@ class Checkpoint:
             raise CheckpointError(f"{path} is not a folder; expected one with a config.json in it")
         self.config = read_json(self.path / "config.json")
         kind = self.config.get("model_type")
-        if kind in ("clip", "clip_vision_model"):
+        sections = {key for key, value in self.config.items() if isinstance(value, dict)}
+        if kind == "clip_vision_model" or kind == "clip" and "vision_config" in sections:
             self.family = "clip"
-        elif kind in DECODERS:
+        elif kind in list(DECODERS):
             self.family = "llama"
-        elif kind == "llava" and {"text_config", "vision_config"} <= self.config.keys():
+        elif kind == "llava" and {"text_config", "vision_config"} <= sections:
             self.family = "llava-hf"
         else:
-            known = "clip, clip_vision_model, llama, mistral, llava (with text_config)"
+            known = "clip, clip_vision_model, llama, mistral, or llava with its two sub-configs"
             raise self._refusal("model_type", kind, known)
 
     # What config.json says, in our words. What is not implemented raises CheckpointError.
@@ -146,18 +138,17 @@ class Checkpoint:
         """The fields of ViTConfig."""
         if self.family == "llama":
             raise CheckpointError(f"{self.path} is a language model: it has no vision tower")
-        top_level = self.config["model_type"] == "clip_vision_model"
-        section = self.config if top_level else self._section("vision_config")
-        self._check("vision", section)
+        section = self.config.get("vision_config", self.config)
+        self._check(section, "vision")
         return self._translate(section, VISION)
 
     def text_config(self) -> dict:
         """The fields of LLaMAConfig."""
         if self.family == "clip":
             raise CheckpointError(f"{self.path} is a CLIP model: it has no language model")
-        section = self.config if self.family == "llama" else self._section("text_config")
+        section = self.config.get("text_config", self.config)
         section = self._choose(section, "model_type", DECODERS, "llama") | section
-        self._check("text", section)
+        self._check(section, "text")
         section["rope_theta"] = self._rope_theta(section)
         # transformers 4 looks for this key in text_config, 5 beside it as well.
         tied = section.get("tie_word_embeddings") or self.config.get("tie_word_embeddings")
@@ -165,7 +156,7 @@ class Checkpoint:
         fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
         window = section.get("sliding_window")
         if window is not None and window < fields["max_positions"]:
-            raise self._refusal("sliding_window", window, "null (every token sees all before it)")
+            raise self._refusal("sliding_window", window, "null (each token sees all before it)")
         return fields
 
     def llava_config(self) -> dict:
@@ -176,30 +167,22 @@ class Checkpoint:
         """
         if self.family != "llava-hf":
             raise CheckpointError(f"{self.path} holds a {self.family} model, not a whole LLaVA")
-        config, notes, vision = self.config, self._section(NOTES), self.vision_config()
-        self._check("llava", config)
-        layer = config.get("vision_feature_layer", -2)
+        config, notes, vision = self.config, self.config.get(NOTES, {}), self.vision_config()
+        self._check(config, "llava")
+        layer, strategy = config.get("vision_feature_layer", -2), "vision_feature_select_strategy"
         if type(layer) is not int:
-            raise self._refusal("vision_feature_layer", layer, "one whole number")
+            raise self._refusal("vision_feature_layer", layer, "a single number")
         return {
             "vision": vision,
             "text": self.text_config(),
             "image": {"image_size": vision["image_size"], "aspect": "pad"} | notes.get("image", {}),
             "projector": self._choose(config, "projector_hidden_act", PROJECTORS, "gelu"),
             "vision_layer": layer,
-            "keep_class": self._choose(
-                config, "vision_feature_select_strategy", KEEP_CLASS, "default"
-            ),
+            "keep_class": self._choose(config, strategy, KEEP_CLASS, "default"),
             "template": notes.get("template", "v1"),
         }
 
-    def _section(self, key: str) -> dict:
-        section = self.config.get(key, {})
-        if not isinstance(section, dict):
-            raise self._refusal(key, section, "{...}")
-        return section
-
-    def _check(self, part: str, section: dict):
+    def _check(self, section: dict, part: str):
         for key, value in ONLY[part].items():
             if section.get(key) not in (None, value):
                 raise self._refusal(key, section[key], value)
@@ -213,29 +196,28 @@ class Checkpoint:
     def _rope_theta(self, section: dict):
         # transformers 4 has rope_theta and rope_scaling; 5 puts both into rope_parameters.
         rope = (section.get("rope_parameters") or {}) | (section.get("rope_scaling") or {})
-        rope = section | rope
         plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
         for key, value in plain.items():
             if rope.get(key, value) != value:
                 raise self._refusal(f"{key} of RoPE", rope[key], value)
-        return rope.get("rope_theta")
+        return rope.get("rope_theta", section.get("rope_theta"))
 
     def _translate(self, section: dict, table: dict) -> dict:
         fields = {}
         for key, (ours, default) in table.items():
-            value = section.get(key)
-            kinds = (int, float) if type(default) is float else (type(default),)
+            value, kind = section.get(key), type(default)
             if value is None:
                 value = default
-            elif type(value) not in kinds or type(value) in (int, float) and not value > 0:
-                raise self._refusal(key, value, f"a {kinds[-1].__name__} above 0")
-            fields[ours] = type(default)(value)
+            elif type(value) not in (kind, int if kind is float else kind):
+                raise self._refusal(key, value, f"a value of type {kind.__name__}")
+            elif kind in (int, float) and not value > 0:
+                raise self._refusal(key, value, "a number above 0")
+            fields[ours] = kind(value)
         return fields
 
     def _refusal(self, key: str, value, expected) -> CheckpointError:
-        return CheckpointError(
-            f"{self.path / 'config.json'}: {key} is {value!r}, but only {expected} is implemented"
-        )
+        file = self.path / "config.json"
+        return CheckpointError(f"{file}: {key} is {value!r}; only {expected!s} is implemented")
 
     # What the weight files hold.
 
@@ -246,16 +228,16 @@ class Checkpoint:
         for file in self._weight_files():
             try:
                 with safe_open(file, "pt") as opened:
-                    slices = {name: opened.get_slice(name) for name in opened.keys()}
-                    for name, part in slices.items():
-                        if name in tensors:
-                            raise CheckpointError(f"{name} is in {tensors[name].file} and {file}")
-                        tensors[name] = Stored(file, part.get_shape(), part.get_dtype())
+                    parts = {name: opened.get_slice(name) for name in opened.keys()}
             except SafetensorError as error:
                 raise CheckpointError(
-                    f"{file} ({file.stat().st_size:,} bytes) is no safetensors file or cut short "
+                    f"{file} ({file.stat().st_size:,} bytes) is no safetensors file, or cut short "
                     f"({error}); fetch it again"
                 ) from None
+            if twice := sorted(parts.keys() & tensors):
+                raise CheckpointError(f"{file} repeats tensors of another file: {listing(twice)}")
+            for name, part in parts.items():
+                tensors[name] = Stored(file, part.get_shape(), part.get_dtype())
         return tensors
 
     def _weight_files(self) -> list[Path]:
@@ -265,18 +247,18 @@ class Checkpoint:
             return [single]
         if not index.is_file():
             raise CheckpointError(
-                f"{self.path} has no weights; expected {single.name} or {index.name}"
+                f"{self.path} has no {single.name} and no {index.name}; other formats are not read"
             )
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map; expected tensor -> file name")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if not re.fullmatch(r"[\w.-]+\.safetensors", name):
-                raise CheckpointError(f"{index} names {name!r}; expected a .safetensors beside it")
-            if not (self.path / name).is_file():
-                raise CheckpointError(f"{self.path / name} is missing; {index.name} names it")
-        return [self.path / name for name in names]
+        files = [self.path / str(name) for name in sorted({str(v) for v in weight_map.values()})]
+        for file in files:
+            if file.parent != self.path or not re.fullmatch(r"[\w.-]+\.safetensors", file.name):
+                raise CheckpointError(f"{index} names {file}; expected *.safetensors beside it")
+            if not file.is_file():
+                raise CheckpointError(f"{file} is missing, {index.name} names it; fetch it again")
+        return files
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor by its stored name, mapped from the file.
@@ -293,8 +275,8 @@ class Checkpoint:
         for stored in self.tensors:
             ours = our_name(self.family, stored)
             reasons = [why for pattern, why in OMITTED if re.match(pattern, stored)]
-            if reasons or ours in self.redundant:
-                omitted[stored] = reasons[0] if reasons else self.redundant[ours][0]
+            if reasons or ours in self.copies:
+                omitted[stored] = reasons[0] if reasons else self.copies[ours][0]
             elif ours is None or ours in names:  # not in the table, or stored under two names
                 unexpected.append(stored)
             else:
@@ -302,15 +284,18 @@ class Checkpoint:
         return names, omitted, unexpected
 
     @cached_property
-    def redundant(self) -> dict:
-        """What only repeats something: {our name: (why, our name of that, or None: identity)}."""
+    def copies(self) -> dict:
+        """Tensors that say nothing new: {our name: (why, a function that gives the same)}."""
         found = {}
         if self.family != "clip" and self.text_config()["tied_embeddings"]:
-            why, twin = "tied: the embedding table again", "language_model.embed_tokens.weight"
-            found["language_model.lm_head.weight"] = (why, twin)
+            found["language_model.lm_head.weight"] = (
+                "tied: the embedding table again",
+                lambda: self.read(self.sort_names()[0]["language_model.embed_tokens.weight"]),
+            )
         if self.family == "llava-hf" and self.llava_config()["projector"] == "linear":
-            why = "the identity: a linear projector is one layer, the layout has two"
-            found["projector.2.weight"] = found["projector.2.bias"] = (why, None)
+            why, dim = "the identity: the layout has two layers", self.text_config()["dim"]
+            found["projector.2.weight"] = why, lambda: torch.eye(dim)
+            found["projector.2.bias"] = why, lambda: torch.zeros(dim)
         return found
 
 
@@ -342,6 +327,20 @@ def read_json(file: Path) -> dict:
     return content
 
 
+def listing(names: list[str], limit: int = 7) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+class NoInit(TorchFunctionMode):
+    """Skip torch.nn.init: on the meta device it fills nothing, but imports for a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def build(make, source: Checkpoint, part: str, dtype=None, device=None) -> torch.nn.Module:
     """Make a module and fill it from a checkpoint, strictly; returned in eval mode.
 
@@ -353,30 +352,36 @@ def build(make, source: Checkpoint, part: str, dtype=None, device=None) -> torch
     Each tensor is copied once, to where it stays: memory peaks at the model and one tensor more.
     Raises CheckpointError naming the missing, unexpected and misshapen tensors together.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), NoInit():
         module = make()
     prefix = "" if part == "llava" else f"{part}."
     wanted = {prefix + name: list(t.shape) for name, t in module.state_dict().items()}
     names, omitted, unexpected = source.sort_names()
     names = {ours: stored for ours, stored in names.items() if ours.startswith(prefix)}
-    problems = {"missing": [], "unexpected": unexpected, "misshapen": [], "not floating point": []}
-    for ours, shape in wanted.items():
-        if ours not in names:
-            problems["missing"].append(f"{stored_name(source.family, ours)} {shape}")
-    for ours, stored in names.items():
-        found = source.tensors[stored]
-        if ours not in wanted:
-            problems["unexpected"].append(stored)
-        elif found.shape != wanted[ours]:
-            problems["misshapen"].append(f"{stored}: expected {wanted[ours]}, got {found.shape}")
-        elif found.dtype not in DTYPES:
-            problems["not floating point"].append(f"{stored}: {found.dtype}")
-    if any(problems.values()):
+    missing = [
+        f"{stored_name(source.family, ours)} {shape}"
+        for ours, shape in wanted.items()
+        if ours not in names
+    ]
+    unexpected += [stored for ours, stored in names.items() if ours not in wanted]
+    misshapen = []
+    for ours in wanted.keys() & names:
+        _, shape, kind = source.tensors[names[ours]]
+        if shape != wanted[ours] or kind not in DTYPES:
+            misshapen.append(f"{names[ours]} (expected {wanted[ours]}, got {kind} {shape})")
+    if missing or unexpected or misshapen:
         raise CheckpointError(
-            f"the tensors in {source.path} are not those that its config.json describes"
-            + "".join(f"\n  {len(p)} {kind}: {listing(p)}" for kind, p in problems.items() if p)
+            f"{source.path} holds other tensors than its config.json describes; "
+            f"{len(missing)} missing: {listing(missing) or 'none'}; "
+            f"{len(unexpected)} unexpected: {listing(unexpected) or 'none'}; "
+            f"{len(misshapen)} misshapen: {listing(sorted(misshapen)) or 'none'}"
         )
-    check_copies(source, names, omitted)
+    for stored in omitted:
+        ours = our_name(source.family, stored) or ""
+        if ours in source.copies and ours.startswith(prefix):
+            why, same = source.copies[ours]
+            if not torch.equal(source.read(stored).float(), same().float()):
+                raise CheckpointError(f"{source.path}: {stored} is not {why}")
     dtype = dtype or reduce(
         torch.promote_types, (DTYPES[source.tensors[stored].dtype] for stored in names.values())
     )
@@ -388,36 +393,13 @@ def build(make, source: Checkpoint, part: str, dtype=None, device=None) -> torch
     return module.eval()
 
 
-def listing(names: list[str], limit: int = 7) -> str:
-    more = f", and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
-
-
-def check_copies(source: Checkpoint, names: dict, omitted: dict):
-    """Look whether the tensors left out as copies are copies."""
-    for stored in omitted:
-        why, twin = source.redundant.get(our_name(source.family, stored), ("", ""))
-        if twin in names or twin is None:
-            value = source.read(stored)
-            identity = torch.eye(len(value)) if value.ndim == 2 else torch.zeros(len(value))
-            if not torch.equal(value, source.read(names[twin]) if twin else identity.to(value)):
-                raise CheckpointError(f"{source.path}: {stored} should be {why}, but it is not")
-
-
 def save(
-    path,
-    kind: str,
-    state_dict,
-    config: dict,
-    tokenizer=None,
-    dtype=None,
-    image_token_id: int = 0,
-    shard_bytes: int = 5 * 10**9,
+    path, kind, state_dict, config, tokenizer=None, dtype=None, image_token_id=0, shard_bytes=5e9
 ):
     """Write a folder that `Checkpoint` reads back bit for bit and that transformers loads.
 
     kind:           "vision_tower" | "language_model" | "llava"
-    state_dict:     any mapping of our names to tensors; visited once, in order
+    state_dict:     any mapping of our names to tensors
     config:         dataclasses.asdict of the matching config
     tokenizer:      the path of its file, or several; copied
     dtype:          what to store; None: each tensor as it is
@@ -431,12 +413,12 @@ def save(
     folder, work = Path(path), Path(path, ".saving")
     shutil.rmtree(work, ignore_errors=True)  # of a killed run
     work.mkdir(parents=True)
-    if kind == "llava" and config["projector"] == "linear":  # see Checkpoint.redundant
+    if kind == "llava" and config["projector"] == "linear":
         bias = state_dict["projector.0.bias"]
-        second = {"projector.2.weight": torch.eye(len(bias)).to(bias), "projector.2.bias": 0 * bias}
-        state_dict = {**state_dict, **second}
-    stored_dtype = write_weights(work, kind, state_dict, dtype, shard_bytes)
-    contents = {"config.json": hf_config(kind, config, stored_dtype, image_token_id)}
+        identity = {"projector.2.weight": torch.eye(len(bias)).to(bias)}
+        state_dict = {**state_dict, **identity, "projector.2.bias": torch.zeros_like(bias)}
+    dtype = write_weights(work, kind, state_dict, dtype, shard_bytes)
+    contents = {"config.json": hf_config(kind, config, dtype, image_token_id)}
     if kind == "llava":
         contents["preprocessor_config.json"] = hf_preprocessor(config["image"])
     for name, content in contents.items():
@@ -444,64 +426,55 @@ def save(
     for file in [tokenizer] if isinstance(tokenizer, str | Path) else tokenizer or []:
         shutil.copyfile(file, work / Path(file).name)
     files = sorted(work.iterdir(), key=lambda file: file.name == "config.json")
+    for old in folder.iterdir():
+        if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
+            if not (work / old.name).exists():
+                old.unlink()
     for file in files:
         file.chmod((work / "config.json").stat().st_mode)  # safetensors lets only the owner read
         os.replace(file, folder / file.name)
     work.rmdir()
-    for file in folder.iterdir():
-        old = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name)
-        if old and file.name not in {new.name for new in files}:
-            file.unlink()
 
 
-def write_weights(folder: Path, kind: str, state_dict, dtype, shard_bytes: int) -> torch.dtype:
-    """Write model.safetensors, or shards and their index; returns the common type of the tensors."""
+def write_weights(folder: Path, kind: str, state_dict, dtype, shard_bytes: float) -> torch.dtype:
+    """Write model.safetensors, or shards and their index; returns the tensors' common type."""
     prefix = "" if kind == "llava" else f"{kind}."
-    shards, shard, dtypes, total = [], {}, set(), 0
-
-    def write_shard():
-        file = folder / f"model-{len(shards) + 1:05}.safetensors"
-        save_file(shard, file, metadata={"format": "pt"})
-        shards.append((file, list(shard)))
-        shard.clear()
-
+    shards, sizes = [{}], [0]
     for name, tensor in state_dict.items():
-        tensor = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
-            write_shard()
-        shard[stored_name(KINDS[kind], prefix + name)] = tensor
-        dtypes.add(tensor.dtype)
-        total += tensor.nbytes
-    write_shard()
-    if len(shards) == 1:
-        shards[0][0].rename(folder / "model.safetensors")
-    else:
-        weight_map = {}
-        for file, names in shards:
-            file = file.rename(folder / f"{file.stem}-of-{len(shards):05}.safetensors")
-            weight_map |= dict.fromkeys(names, file.name)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        size = tensor.numel() * (dtype or tensor.dtype).itemsize
+        if shards[-1] and sizes[-1] + size > shard_bytes:
+            shards.append({})
+            sizes.append(0)
+        shards[-1][stored_name(KINDS[kind], prefix + name)] = tensor
+        sizes[-1] += size
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        many = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
+        weight_map |= dict.fromkeys(shard, f"model{many}.safetensors")
+        shard = {
+            name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            for name, tensor in shard.items()
+        }
+        save_file(shard, folder / f"model{many}.safetensors", metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    return reduce(torch.promote_types, dtypes)
+    return dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state_dict.values()))
 
 
 def hf_config(kind: str, config: dict, dtype: torch.dtype, image_token_id: int) -> dict:
-    """Our config in transformers' words, every size spelled out; versions 4 and 5 read it."""
+    """Our config in transformers' words, with every size spelled out; versions 4 and 5 read it."""
     if kind == "vision_tower":
-        sizes = {key: config[ours] for key, (ours, _) in VISION.items()}
-        content = {"architectures": ["CLIPVisionModel"]} | ONLY["vision"] | sizes
+        content = {"architectures": ["CLIPVisionModel"], **ONLY["vision"]}
+        content |= {key: config[ours] for key, (ours, _) in VISION.items()}
     elif kind == "language_model":
-        sizes = {key: config[ours] for key, (ours, _) in TEXT.items()}
-        content = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-        content |= ONLY["text"] | sizes
+        content = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **ONLY["text"]}
+        content |= {key: config[ours] for key, (ours, _) in TEXT.items()}
     else:
         vision, text = config["vision"], config["text"]
         acts = {kind: act for act, kind in PROJECTORS.items()}
         if config["projector"] not in acts:
-            raise CheckpointError(
-                f"the llava-hf layout has no place for a projector {config['projector']!r}; "
-                f"expected {' or '.join(acts)}"
-            )
+            raise CheckpointError(f"llava-hf has no place for projector {config['projector']!r}")
         n_patches = (vision["image_size"] // vision["patch_size"]) ** 2
         content = {
             "architectures": ["LlavaForConditionalGeneration"],
@@ -509,44 +482,36 @@ def hf_config(kind: str, config: dict, dtype: torch.dtype, image_token_id: int) 
             "vision_config": hf_config("vision_tower", vision, dtype, 0),
             "text_config": hf_config("language_model", text, dtype, 0),
             "projector_hidden_act": acts[config["projector"]],
-            "multimodal_projector_bias": True,
             "vision_feature_layer": config["vision_layer"],
             "vision_feature_select_strategy": "full" if config["keep_class"] else "default",
             "image_seq_length": n_patches + config["keep_class"],
             "image_token_index": image_token_id,
             "tie_word_embeddings": text["tied_embeddings"],
+            **ONLY["llava"],
             NOTES: {"image": config["image"], "template": config["template"]},
         }
     return content | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 
 def hf_preprocessor(image: dict) -> dict:
-    """What transformers' CLIPImageProcessor needs to know. It crops where LLaVA-1.5 pads."""
+    """What transformers' image processor needs to know. It can only crop, where LLaVA-1.5 pads."""
     size = image["image_size"]
     return {
         "image_processor_type": "CLIPImageProcessor",
-        "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
         "size": {"shortest_edge": size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
         "crop_size": {"height": size, "width": size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
+        "resample": 3,  # bicubic
         "image_mean": image["mean"],
         "image_std": image["std"],
     }
 
 
 def inspect(path):
-    """Print what a folder holds, and what of it would be left out."""
+    """Print what a folder holds, and what of it is left out."""
     source = Checkpoint(path)
     parts = {"clip": source.vision_config, "llama": source.text_config}
-    config = parts.get(source.family, source.llava_config)()
     print(f"family      {source.family}")
-    for key, value in config.items():
+    for key, value in parts.get(source.family, source.llava_config)().items():
         print(f"{key:11} {value}")
     for dtype, n in Counter(t.dtype for t in source.tensors.values()).items():
         print(f"tensors     {n} of type {dtype}")

@@ -58,7 +58,9 @@ class ImageConfig:
         for name in ("mean", "std", "grid_pinpoints"):  # JSON has lists, a frozen config tuples
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.aspect == "anyres":
-            raise ValueError("aspect 'anyres' (LLaVA-1.6) is not in this version; use 'pad'")
+            raise ValueError(
+                "aspect 'anyres' (LLaVA-1.6) is not in this version, only crop and pad"
+            )
         if self.aspect not in ASPECTS:
             raise ValueError(f"aspect {self.aspect!r} is none of {', '.join(ASPECTS)}")
         if not isinstance(self.image_size, int) or self.image_size < 1:
@@ -75,16 +77,14 @@ class ImageConfig:
 
 
 def load(
-    path: str | Path | BinaryIO,
-    exif_rotate: bool = False,
-    warn: Callable[[str], object] | None = None,
+    path: str | Path | BinaryIO, exif_rotate: bool = False, warn: Callable | None = None
 ) -> Image.Image:
     """Open a picture file, or an open binary stream, as RGB; raise ImageError if that fails.
 
-    Cameras store a picture as the sensor lay and note in EXIF how to turn it. LLaVA and CLIP ignore
-    the note, so by default we do too; `exif_rotate=True` turns the picture upright.
-    Transparency is dropped, also as in the original. Of several frames or pages the first is used;
-    `warn`, if given, is called with one sentence that says so.
+    Cameras store a picture as the sensor lay and note in EXIF how to turn it. LLaVA ignores the
+    note, and so do we unless `exif_rotate` asks for an upright picture (only TIFF is turned always,
+    by Pillow). Transparency is dropped, as in the original. Of several frames or pages the first is
+    used; `warn`, if given, is called with one sentence that says so.
     """
     name = getattr(path, "name", "the stream") if hasattr(path, "read") else path
     try:
@@ -102,17 +102,16 @@ def load(
             f"{name}: expected a picture file, cannot open it ({error.strerror}); check the path"
         ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        claim = str(error).partition(" exceeds")[0]  # Pillow's own text goes on for a while
+        claim = str(error).partition(" exceeds")[0]  # the rest is Pillow's own, higher limit
         raise ImageError(
             f"{name}: expected at most {MAX_PIXELS:,} pixels, got {claim}; shrink the picture first"
         ) from error
     except Image.UnidentifiedImageError as error:
+        kinds = ", ".join(FORMATS)
         raise ImageError(
-            f"{name}: expected a picture ({', '.join(FORMATS)}), got an empty file or another "
-            "kind; convert it to one of these"
+            f"{name}: expected a picture ({kinds}), got none or an empty file; convert it to PNG"
         ) from error
-    # On a damaged file Pillow's decoders raise nearly anything: OSError, SyntaxError, struct.error…
-    except Exception as error:
+    except Exception as error:  # Pillow's decoders raise nearly anything on a damaged file
         raise ImageError(
             f"{name}: the picture is damaged, cut short or of a rare kind ({error}); "
             "fetch it again or save it as PNG"
@@ -137,13 +136,12 @@ def _to_rgb(file, exif_rotate: bool) -> Image.Image:
 
 def expand_to_square(picture: Image.Image, fill: tuple[int, int, int]) -> Image.Image:
     """Pad the short side equally at both ends; an odd pixel goes to the right or the bottom."""
-    width, height = picture.size
-    side = max(width, height)
-    if width == height:
+    side = max(picture.size)
+    if picture.size == (side, side):
         return picture
     _check_canvas(picture, (side, side))
     square = Image.new("RGB", (side, side), fill)
-    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
 
 
@@ -164,10 +162,9 @@ def centre_crop(picture: Image.Image, size: int) -> Image.Image:
 def normalise(picture: Image.Image, mean: tuple, std: tuple) -> np.ndarray:
     """(x / 255 - mean) / std for each channel, as float32[3, height, width].
 
-    A byte has 256 values, so we normalise those and look the pixels up. The roundings are the
-    original's: the product in float64, the rest in float32.
+    A byte has 256 values, so we normalise those and look the pixels up.
     """
-    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    levels = np.arange(256, dtype=np.float32) / 255  # x * float32(1 / 255) would miss by a bit
     table = (levels[:, None] - np.float32(mean)) / np.float32(std)  # (256, 3)
     pixels = np.empty((3, picture.height, picture.width), np.float32)
     for c, channel in enumerate(np.asarray(picture).transpose(2, 0, 1)):
@@ -199,8 +196,8 @@ def _check_canvas(picture: Image.Image, size: tuple[int, int]):
         )
 
 
-def synthetic(width: int, height: int) -> Image.Image:
-    """A picture of sawtooth waves, for want of a photo."""
+def sawtooth(width: int, height: int) -> Image.Image:
+    """Draw a picture for want of a photo: each channel a slanting wave from 0 to 255."""
     y, x = np.mgrid[:height, :width]
     waves = np.stack([7 * x + 3 * y, 2 * x + 5 * y, x + 11 * y], axis=-1) % 256
     return Image.fromarray(waves.astype(np.uint8))
@@ -213,7 +210,7 @@ def main():
     path = parser.parse_args().file
     try:
         warn = partial(print, file=sys.stderr)
-        picture = load(path, warn=warn) if path else synthetic(640, 427)
+        picture = load(path, warn=warn) if path else sawtooth(640, 427)
         print("        file  ->   square  ->  resized  ->  pixels (n_tiles, 3, S, S)")
         for aspect in ASPECTS:
             config = ImageConfig(aspect=aspect)

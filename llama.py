@@ -88,8 +88,9 @@ def rope_tables(positions, head_dim: int, theta: float, dtype):
 
     Angles are computed in float32; both halves of a head carry the same angles.
     """
+    # 1 / theta^e, not theta^-e: the last bit, times position 400, would move logits by 1e-4.
     exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[..., None].float() * theta**-exponents  # (B, T, Dh/2)
+    angles = positions[..., None].float() * (1 / theta**exponents)  # (B, T, Dh/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, Dh)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -81,7 +81,7 @@ class SentencePiece:
     def decode(self, ids) -> str:
         """Ids -> text without control tokens. Raises ValueError for an id out of range."""
         check_range(self, ids)
-        return self.model.decode([i for i in ids if not self.model.is_control(i)])
+        return self.model.decode(list(ids))  # skips control tokens by itself
 
     def token_id(self, piece: str) -> int:
         """The id of one token, such as "</s>". Raises ValueError if there is none."""

@@ -145,6 +145,6 @@ def tokenizer_json(field: dict) -> dict:
         "model": {
             "type": "BPE",
             "vocab": {token: i for i, token in enumerate(tokens)},
-            "merges": [merge.split(" ") for merge in merges],
+            "merges": merges,  # "a b", as on the hub; newer files have pairs
         },
     }

@@ -181,6 +181,13 @@ def test_plain_colours_normalise_to_the_known_values(colour, expected):
         assert channel.min() == channel.max() == pytest.approx(value, abs=5e-5)
 
 
+def test_another_mean_and_deviation_are_obeyed():
+    config = ImageConfig(aspect="pad", mean=(0.5, 0.25, 0), std=(0.5, 0.25, 1))
+    pixels = to_pixels(Image.new("RGB", (336, 112), "white"), config)[0]
+    assert pixels[:, 168, 0].tolist() == [1, 3, 1]
+    assert pixels[:, 0, 0].tolist() == pytest.approx([-0.5 / 127.5, -0.75 / 63.75, 0], abs=1e-6)
+
+
 def test_padding_lies_evenly_above_and_below_in_the_mean_colour():
     assert ImageConfig().fill == (122, 116, 104)
     square = image.expand_to_square(Image.new("RGB", (5, 2), "white"), ImageConfig().fill)
@@ -220,6 +227,12 @@ def test_exif_turns_the_picture_only_when_asked(tmp_path):
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(plain), -1))
 
 
+def test_a_tiff_which_pillow_turns_by_itself_is_not_turned_twice(tmp_path):
+    path = tmp_path / "x.tif"
+    picture(70, 51).save(path, exif=exif_turn())
+    assert load(path).size == load(path, exif_rotate=True).size == (51, 70)
+
+
 def test_a_stream_is_read_and_left_open():
     stream = io.BytesIO()
     picture(7, 5).save(stream, "PNG")
@@ -245,7 +258,8 @@ def test_of_several_frames_the_first_is_used_and_that_is_said(tmp_path, format):
     red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
     options = {"lossless": True} if format == "WEBP" else {}
     red.save(path, format, save_all=True, append_images=[blue], **options)
-    assert load(path, warn=said.append).getpixel((4, 4)) == (255, 0, 0)
+    for warn in (None, said.append):
+        assert load(path, warn=warn).getpixel((4, 4)) == (255, 0, 0)
     assert said == [f"{path}: has several frames or pages; only the first is used"]
 
 
@@ -300,7 +314,7 @@ def test_what_is_no_picture_is_told_the_formats(tmp_path, data):
     path.write_bytes(data)
     assert refusal(path) == (
         f"{path}: expected a picture (JPEG, PNG, WEBP, GIF, BMP, TIFF, PPM, AVIF), "
-        "got an empty file or another kind; convert it to one of these"
+        "got none or an empty file; convert it to PNG"
     )
 
 
@@ -355,6 +369,14 @@ def test_a_thread_of_a_picture_is_refused_before_it_grows(aspect, size, became):
     )
 
 
+def test_a_picture_that_just_fits_the_canvas_is_taken(monkeypatch):
+    monkeypatch.setattr(image, "MAX_CANVAS", 96 * 96)
+    config = ImageConfig(image_size=96)
+    assert to_pixels(Image.new("RGB", (96, 1)), config).shape == (1, 3, 96, 96)
+    with pytest.raises(ImageError):
+        to_pixels(Image.new("RGB", (97, 1)), config)
+
+
 @pytest.mark.parametrize("mode, size", [("L", (4, 4)), ("RGBA", (4, 4)), ("RGB", (0, 4))])
 def test_to_pixels_takes_rgb_only(mode, size):
     with pytest.raises(ImageError) as error:
@@ -367,7 +389,10 @@ def test_to_pixels_takes_rgb_only(mode, size):
 @pytest.mark.parametrize(
     "fields, sentence",
     [
-        ({"aspect": "anyres"}, "aspect 'anyres' (LLaVA-1.6) is not in this version; use 'pad'"),
+        (
+            {"aspect": "anyres"},
+            "aspect 'anyres' (LLaVA-1.6) is not in this version, only crop and pad",
+        ),
         ({"aspect": "squash"}, "aspect 'squash' is none of crop, pad"),
         ({"image_size": 0}, "image_size 0 is not a positive whole number"),
         ({"image_size": 336.0}, "image_size 336.0 is not a positive whole number"),
@@ -383,6 +408,10 @@ def test_a_wrong_config_says_what_is_wrong(fields, sentence):
     assert str(error.value).startswith(sentence)
 
 
+def test_the_default_config_is_that_of_llava_1_5():
+    assert ImageConfig() == ImageConfig(336, "pad", image.MEAN, image.STD, ())
+
+
 def test_a_config_read_from_json_equals_the_default():
     read = ImageConfig(mean=list(image.MEAN), std=list(image.STD), grid_pinpoints=[])
     assert read == ImageConfig() and hash(read) == hash(ImageConfig())
@@ -394,6 +423,10 @@ def test_a_config_read_from_json_equals_the_default():
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["image.py", *map(str, arguments)])
     image.main()
+
+
+def test_the_command_draws_its_own_picture_if_none_is_given():
+    assert image.sawtooth(640, 427).tobytes() == waves(640, 427).tobytes()
 
 
 def test_the_command_prints_each_stage(monkeypatch, capsys):

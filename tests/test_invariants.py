@@ -1,15 +1,20 @@
 """What must not change an answer: the cache, padding, neighbours in the batch, packing.
 
-    pytest tests/test_invariants.py        (some seconds; small random models, no weights needed)
+    pytest tests/test_invariants.py        (seconds; small random models, no weights needed)
 
 Each test computes the same thing in two ways of our own. That both agree with the papers is shown
 in test_parity.py; here it is shown that what is exact for one plain row stays so in every batch.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from PIL import Image
 
+import image
 from data import IGNORE, IMAGE_TOKEN
+from generate import generate
 from image import ImageConfig
 from llama import KVCache, LLaMA, LLaMAConfig
 from llava import LLaVA, LLaVAConfig
@@ -247,6 +252,12 @@ def test_a_wrong_number_of_pictures_is_refused(llava, n_pictures):
         llava(ids, [torch.randn(1, 3, 56, 56)] * n_pictures)
 
 
+@torch.no_grad()
+def test_a_picture_tag_at_padding_asks_for_no_picture(llava):
+    ids, mask = torch.tensor([[1, 5, 9, PICTURE]]), torch.tensor([[1, 1, 1, 0]])
+    assert_same(llava(ids, [], attention_mask=mask), llava(ids[:, :3]))
+
+
 def test_pictures_without_a_place_are_refused(llava):
     with pytest.raises(ValueError, match="0 <image> and 1 pictures"):
         llava(words(4), [torch.randn(1, 3, 56, 56)])
@@ -256,3 +267,50 @@ def test_pictures_without_a_place_are_refused(llava):
 def test_pictures_of_a_wrong_shape_are_refused(llava, shape):
     with pytest.raises(ValueError):
         llava(torch.tensor([[1, PICTURE]]), [torch.randn(shape)])
+
+
+# Generation
+
+PROMPTS = [[1, 5, PICTURE, 7, PICTURE], [1, 8, 9], [PICTURE, 4]]
+WAVE, DISC = (draw("L").convert("RGB") for draw in (Image.linear_gradient, Image.radial_gradient))
+IMAGES = [[WAVE, DISC.resize((80, 60))], [], [DISC]]
+
+
+@pytest.fixture
+def talker(llava):
+    """A model to generate with; no token ends its answers."""
+    llava.tokenizer = SimpleNamespace(eos_id=-1)
+    return llava
+
+
+def test_pictures_are_encoded_once_per_prompt_however_long_the_answer(talker):
+    seen = []
+    talker.vision_tower.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+    answers = generate(talker, PROMPTS, IMAGES, max_new_tokens=8)
+    assert [len(answer) for answer in answers] == [8, 8, 8]
+    assert sum(seen) == 3  # pictures, in however many calls
+
+
+def test_prompts_answered_together_get_the_answers_they_get_alone(talker):
+    together = generate(talker, PROMPTS, IMAGES, max_new_tokens=8)
+    for prompt, pictures, answer in zip(PROMPTS, IMAGES, together, strict=True):
+        assert generate(talker, [prompt], [pictures], max_new_tokens=8) == [answer]
+
+
+@torch.no_grad()
+def test_greedy_answers_equal_reading_the_whole_text_anew_for_each_token(talker):
+    for prompt, pictures in zip(PROMPTS, IMAGES, strict=True):
+        pixels = [image.to_pixels(picture, talker.config.image) for picture in pictures]
+        row = list(prompt)
+        for _ in range(8):
+            row.append(int(talker(torch.tensor([row]), pixels)[0, -1].argmax()))
+        [answer] = generate(talker, [prompt], [pictures], max_new_tokens=8)
+        assert answer == row[len(prompt) :]
+
+
+def test_each_row_ends_at_its_own_end_of_sequence(talker):
+    whole = generate(talker, PROMPTS, IMAGES, max_new_tokens=8)
+    talker.tokenizer.eos_id = end = whole[0][3]
+    stopped = generate(talker, PROMPTS, IMAGES, max_new_tokens=8)
+    assert stopped == [row[: row.index(end)] if end in row else row for row in whole]
+    assert len(stopped[0]) < 8

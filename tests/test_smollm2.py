@@ -1,6 +1,6 @@
 """A real language model: SmolLM2-135M, ours beside transformers', in float32 on the same folder.
 
-    pytest tests/test_smollm2.py        (half a minute; see tests/smollm2.py for the weights)
+    pytest tests/test_smollm2.py        (under a minute; see tests/smollm2.py for the weights)
 
 Proves with trained weights what random ones cannot: that text goes in and the same text comes
 out, token for token, through our tokenizer, our loader, our decoder and its cache. Random weights
@@ -22,16 +22,20 @@ Afterwards the harbour office (two rooms, one stove) sent him a telephone he nev
 letters instead: to his sister in Gdańsk, to the makers of his lamp, to a newspaper which had once
 printed that light travels 299,792 kilometres in a second. How, he asked, had they counted *that*?
 """
-PROMPTS = [
-    "The capital of France is",
-    "<html>\n  <body class='x'>\n\tif (i <= 10) { s += a[i]; }",
-    "Ünïcödé: 東京は日本の首都です。 Москва — столица России. 🐶🏽 ½ + ٣ = ?",
-    STORY * 3,  # some 400 tokens: far enough for a slip of RoPE to grow
-]
+PROMPTS = {
+    "short": "The capital of France is",
+    "code": "<html>\n  <body class='x'>\n\tif (i <= 10) { s += a[i]; }",
+    "unicode": "Ünïcödé: 東京は日本の首都です。 Москва — столица России. 🐶🏽 ½ + ٣ = ?",
+    "long": STORY * 2,  # some 270 tokens: far enough for a slip of RoPE to grow
+}
 
-# Two orders of the same float32 sums. Logits reach about 30, where neighbouring floats are 2e-6
-# apart; 30 layers make of it 1e-5 to 4e-5. A wrong norm eps (1e-6 for 1e-5) already costs 1e-2.
+# Two orders of the same float32 sums. Logits reach 41, where neighbouring floats are 4e-6 apart,
+# and 30 layers add up: transformers itself is 8e-5 away from its own result in float64. Where both
+# take the same kernels the difference is 0; a last bit lost in RoPE's angles makes it 1.3e-4.
 TOLERANCE = 1e-4
+# One token at a time and all at once take different kernels, and each may be 8e-5 off. Measured
+# 8e-5; a token that is forgotten or seen twice moves logits by more than 1.
+CACHE_TOLERANCE = 2e-4
 
 
 @pytest.fixture(scope="module")
@@ -66,34 +70,39 @@ def continue_greedily(model, ids, n):
     return [int(row.argmax()) for row in logits], torch.stack(logits)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "code", "unicode", "long"])
-@torch.no_grad()
-def test_every_logit_equals_the_reference(prompt, words, ours, reference):
-    ids = torch.tensor([words.encode(prompt)])
-    assert (ours(ids) - reference(ids).logits).abs().max() < TOLERANCE
+@pytest.fixture(scope="module", params=PROMPTS.values(), ids=PROMPTS.keys())
+def case(request, words, ours):
+    """The ids of a prompt, our 64 tokens after it, and the logits they were chosen by."""
+    ids = words.encode(request.param)
+    return ids, *continue_greedily(ours, ids, 64)
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "code", "unicode", "long"])
 @torch.no_grad()
-def test_64_greedy_tokens_equal_the_reference(prompt, words, ours, reference):
-    ids = words.encode(prompt)
+def test_every_logit_equals_the_reference(case, ours, reference):
+    ids = torch.tensor([case[0]])
+    error = (ours(ids) - reference(ids).logits).abs().max()
+    assert error < TOLERANCE
+
+
+@torch.no_grad()
+def test_64_greedy_tokens_equal_the_reference(case, reference):
+    ids, answer, _ = case
     expected = reference.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False)
-    assert continue_greedily(ours, ids, 64)[0] == expected[0, len(ids) :].tolist()
+    assert answer == expected[0, len(ids) :].tolist()
 
 
-@pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "code", "unicode", "long"])
 @torch.no_grad()
-def test_the_cache_changes_no_logit(prompt, words, ours):
-    ids = words.encode(prompt)
-    answer, cached = continue_greedily(ours, ids, 64)
+def test_the_cache_changes_no_logit(case, ours):
+    ids, answer, cached = case
     uncached = ours(torch.tensor([ids + answer[:-1]]))[0, len(ids) - 1 :]
-    assert (cached - uncached).abs().max() < TOLERANCE
+    error = (cached - uncached).abs().max()
+    assert error < CACHE_TOLERANCE
     assert uncached.argmax(-1).tolist() == answer
 
 
 def test_the_answer_is_the_known_text(words, ours):
     # Recorded with transformers and, apart from it, with llama.cpp on the same weights.
-    ids = words.encode("The capital of France is")
+    ids = words.encode(PROMPTS["short"])
     answer, _ = continue_greedily(ours, ids, 32)
     text = words.decode(answer[: answer.index(words.eos_id)])
     assert text == " Paris.\n\nThe answer is: 2018-01-22 12:12:53."
@@ -103,7 +112,8 @@ def test_ids_equal_those_of_transformers_own_reading_of_the_gguf(words, folder):
     pytest.importorskip("gguf", reason="reads SmolLM2's tokenizer: pip install gguf")
     file = smollm2.gguf_file()
     reader = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    for prompt in PROMPTS[:2] + [STORY]:  # that reading forgets to set other digits than 0-9 apart
+    for name in ("short", "code", "long"):  # that reading forgets to set apart digits such as ½
+        prompt = PROMPTS[name]
         assert words.encode(prompt) == reader.encode(prompt, add_special_tokens=False)
 
 
@@ -138,6 +148,7 @@ def test_a_stream_of_prefixes_grows_into_the_text(words):
     prefixes = [words.decode(ids[: i + 1]) for i in range(len(ids))]
     assert all(text.startswith(prefix.rstrip("\ufffd")) for prefix in prefixes)
     assert prefixes[-1] == text
+    assert any(prefix.endswith("\ufffd") for prefix in prefixes)  # half a character shows
 
 
 def test_control_tokens_are_decoded_to_nothing(words):

@@ -379,7 +379,7 @@ def main():
     elif args.part == "vit":
         train_vit(args.out or WEIGHTS / "vit", args.steps or 3000, args.groups)
     else:
-        train_llama(args.out or WEIGHTS / "llama", args.steps or 3500)
+        train_llama(args.out or WEIGHTS / "llama", args.steps or 2000)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,8 @@
+"""Settings for all tests."""
+
+import torch
+
+# Two threads wait for each other after every small layer. Where another program takes one of the
+# cores, that wait made test_smollm2.py eight times slower; on a quiet machine one thread costs
+# little.
+torch.set_num_threads(1)
