@@ -42,7 +42,7 @@ def main():
         projector = build_projector(kind, 1024, 4096)
         n_parameters = sum(p.numel() for p in projector.parameters())
         words = projector(features)
-        print(f"{kind:10} -> {list(words.shape)}  (B, N, D of the LLM), {n_parameters:,} parameters")
+        print(f"{kind:10} -> {list(words.shape)}  (B, N, D of the LLM), {n_parameters:,} weights")
 
 
 if __name__ == "__main__":

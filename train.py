@@ -277,9 +277,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
         counts = {
             name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
         }
-        say(
-            f"stage {stage}: {total} steps of {recipe.batch} samples, {world} x {device.type}, {dtype}"
-        )
+        hardware = f"{world} x {device.type} in {dtype}"
+        say(f"stage {stage}: {total} steps of {recipe.batch} samples on {hardware}")
         say(f"parameters: {counts}; learning: {sum(p.numel() for p in trainable):,}")
         log = open(out / "log.jsonl", "a" if resume else "w")
         header = {"stage": stage, "recipe": asdict(recipe), "torch": torch.__version__}

@@ -1,12 +1,12 @@
 """Write the tiny world to disk as the official data come: JSON records and picture files.
 
-    python tiny/make_data.py            24,000 pictures into tiny/data/ (about 2 minutes, 300 MB)
+python tiny/make_data.py            16,000 pictures into tiny/data/ (a minute or two, 250 MB)
 
-    stage1.json        one caption for each picture, as in LLaVA-Pretrain
-    stage2.json        two records for each picture and some without one, as in LLaVA-1.5's mix
-    images/00000.jpg   the picture
-    images/00000.json  what is on it in symbols: five captions and the boxes, x1 y1 x2 y2 in 0..1,
-                       all that the papers' text-only teacher was told
+stage1.json        one caption for each picture, as in LLaVA-Pretrain
+stage2.json        two records for each picture and some without one, as in LLaVA-1.5's mix
+images/00000.jpg   the picture
+images/00000.json  what is on it in symbols: five captions and the boxes, x1 y1 x2 y2 in 0..1,
+                   all that the papers' text-only teacher was told
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pictures", type=int, default=24_000, help="how many pictures to draw")
+    parser.add_argument("--pictures", type=int, default=16_000, help="how many pictures to draw")
     parser.add_argument("--seed", type=int, default=0, help="of the world; 0 is the training world")
     parser.add_argument("--out", type=Path, default=HERE / "data", help="folder to write to")
     args = parser.parse_args()

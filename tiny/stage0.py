@@ -31,12 +31,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import talk
+import world
+
 import checkpoint
 import image
-import talk
 import tokenizer
-import world
-from data import IGNORE, encode
+from data import IGNORE, TEMPLATES, encode
 from image import ImageConfig
 from llama import LLaMA, LLaMAConfig
 from vit import ViT, ViTConfig
@@ -64,18 +65,19 @@ def random_of(*seed: int):
 
 
 def train_tokenizer(out: Path):
-    """Byte-fallback BPE, LLaMA's own kind, on 20,000 conversations of the world."""
+    """Byte-fallback BPE, LLaMA's own kind, on 20,000 conversations of the world.
+
+    Places of two words are one token each: a small model looks up "top left" at one key, while
+    "top", "left" and "top left" in pieces look alike to it and it never learned to tell them apart.
+    """
     import sentencepiece
 
     def sentences():
         for i in range(20_000):
             for turn in written_conversation(TRAIN, i):
                 yield from turn["value"].split("\n")
-        yield from (TEXT_OF_V1,) * 200
+        yield from (TEMPLATES["v1"].system + "USER: ASSISTANT:",) * 200
 
-    from data import TEMPLATES
-
-    TEXT_OF_V1 = TEMPLATES["v1"].system + "USER: ASSISTANT:"
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=sentences(),
@@ -89,6 +91,7 @@ def train_tokenizer(out: Path):
         hard_vocab_limit=False,
         character_coverage=1.0,
         required_chars="".join(map(chr, range(33, 127))),
+        user_defined_symbols=["▁" + p.replace(" ", "▁") for p in world.PLACES if " " in p],
         num_threads=1,
         minloglevel=2,
     )
@@ -138,11 +141,13 @@ def padded(rows) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def train_llama(out: Path, steps: int, batch: int = 48, lr: float = 1.5e-3):
+def train_llama(out: Path, steps: int, batch: int = 32, lr: float = 2e-3):
     words = tokenizer.load(WEIGHTS / "llama")
     torch.manual_seed(0)
     config = replace(LLAMA, vocab_size=words.vocab_size)
-    llama = LLaMA(config).apply(partial(init, std=0.02))
+    # The usual 0.02 is for wide models. At width 192 it makes attention start out flat, and the
+    # look-ups that every question needs are then found thousands of steps later.
+    llama = LLaMA(config).apply(partial(init, std=config.dim**-0.5))
     optimizer, schedule = adamw(llama, lr, steps)
     started = time.time()
     loader = torch.utils.data.DataLoader(
@@ -161,7 +166,7 @@ def train_llama(out: Path, steps: int, batch: int = 48, lr: float = 1.5e-3):
         loss = F.cross_entropy(logits.float(), target[target != IGNORE])
         update(llama, optimizer, schedule, loss)
         report(step, steps, started, loss=loss.item())
-        if (step + 1) % 500 == 0:
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             checkpoint.save(
                 out,
                 "language_model",
@@ -175,7 +180,7 @@ def train_llama(out: Path, steps: int, batch: int = 48, lr: float = 1.5e-3):
 
 @torch.no_grad()
 def exact_answers(llama, words, n_scenes: int) -> dict[str, float]:
-    """Share of exact short answers from notes, by family, on fresh scenes (teacher-forced argmax)."""
+    """Share of exact short answers from notes, by family, on fresh scenes."""
     llama.eval()
     right: dict[str, list[bool]] = {}
     families = {**talk.SHORT, "choice": talk.choice}
@@ -210,26 +215,56 @@ class Contrast(nn.Module):
         sizes = replace(LLAMA, vocab_size=vocab_size, n_layers=2)
         self.text = LLaMA(sizes)
         self.image_projection = nn.Linear(VIT.dim, dim, bias=False)
+        self.patch_projection = nn.Linear(VIT.dim, dim, bias=False)
         self.text_projection = nn.Linear(sizes.dim, dim, bias=False)
         self.apply(partial(init, std=0.02))
         self.log_scale = nn.Parameter(torch.tensor(2.0))
 
-    def forward(self, pixels, captions, ends):
-        """Loss and share of pictures whose own caption fits best."""
-        images = F.normalize(self.image_projection(self.vit.pool(pixels)), dim=-1)  # (B, D)
-        hidden = self.text.hidden(captions)[torch.arange(len(ends)), ends]  # (B, D)
-        texts = F.normalize(self.text_projection(hidden), dim=-1)
-        scores = (images @ texts.T).float() * self.log_scale.exp().clamp(max=100)  # (B, B)
+    def texts(self, rows) -> torch.Tensor:
+        """Unit vectors of rows of token ids, each read at its last token -> float[B, D]."""
+        ids, _ = padded([(row, row) for row in rows])
+        ends = torch.tensor([len(row) - 1 for row in rows])
+        hidden = self.text.hidden(ids)[torch.arange(len(rows)), ends]
+        return F.normalize(self.text_projection(hidden), dim=-1)
+
+    def forward(self, pixels, captions, stickers, phrases):
+        """Loss, and the shares of pictures and of patches whose own text fits best.
+
+        stickers: int[n, 3], for each the picture, the patch under its middle and its phrase
+        """
+        scale = self.log_scale.exp().clamp(max=100)
+        hidden = self.vit(pixels, -2, keep_class=True)  # (B, 1+N, D of the ViT)
+        pooled = self.vit.post_layernorm(self.vit.layers[-1](hidden)[:, 0])  # = vit.pool(pixels)
+        images = F.normalize(self.image_projection(pooled), dim=-1)  # (B, D)
+        scores = (images @ self.texts(captions).T).float() * scale  # (B, B)
         own = torch.arange(len(scores))
         loss = (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
-        return loss, (scores.argmax(1) == own).float().mean()
+        picture, patch, phrase = stickers.T
+        patches = hidden[:, 1:][picture, patch]  # (n, D of the ViT)
+        patches = F.normalize(self.patch_projection(patches), dim=-1)  # (n, D)
+        region_scores = (patches @ self.texts(phrases).T).float() * scale  # (n, 96)
+        region_loss = F.cross_entropy(region_scores, phrase)
+        hits = [
+            (s.argmax(1) == t).float().mean() for s, t in ((scores, own), (region_scores, phrase))
+        ]
+        return loss + region_loss, *hits
 
 
-def group(index: int) -> tuple[list[np.ndarray], list[str]]:
-    """Four pictures that differ in the kinds only, and their captions."""
+PHRASES = [f"a {size} {kind}" for size in world.SIZES for kind in world.KINDS]
+
+
+def patch_of(sticker) -> int:
+    """Number of the patch under the middle of a sticker."""
+    side = VIT.image_size // VIT.patch_size
+    x, y = (c * side // world.SHEET for c in sticker.centre)
+    return y * side + x
+
+
+def group(index: int) -> tuple[list[np.ndarray], list[str], list[list[tuple[int, int]]]]:
+    """Four pictures that differ in the kinds only, their captions, and where what lies."""
     random = random_of(TRAIN, index, 3)
     base = world.make_scene(TRAIN, index)
-    pictures, captions = [], []
+    pictures, captions, places = [], [], []
     for _ in range(4):
         stickers = []
         for s in base.stickers:
@@ -238,7 +273,8 @@ def group(index: int) -> tuple[list[np.ndarray], list[str]]:
         scene = replace(base, stickers=tuple(stickers))
         pictures.append(np.asarray(world.draw(scene).resize((96, 96), 3)))
         captions.append(talk.caption(scene, random))
-    return pictures, captions
+        places.append([(patch_of(s), PHRASES.index(f"a {s.size} {s.kind}")) for s in stickers])
+    return pictures, captions, places
 
 
 def normalised(pictures) -> torch.Tensor:
@@ -249,63 +285,63 @@ def normalised(pictures) -> torch.Tensor:
     return (pixels - mean) / std
 
 
-def train_vit(out: Path, steps: int, groups: int, batch: int = 128, lr: float = 1e-3):
+def train_vit(out: Path, steps: int, groups: int, start=None, batch: int = 128, lr: float = 1e-3):
     words = tokenizer.load(WEIGHTS / "llama")
     with Pool(2) as pool:
         drawn = pool.map(group, range(groups), chunksize=64)
-    pictures = np.stack([p for group_pictures, _ in drawn for p in group_pictures])
-    ids = [words.encode(c, bos=True, eos=True) for _, captions in drawn for c in captions]
+    pictures = np.stack([p for pictures, _, _ in drawn for p in pictures])
+    captions = [words.encode(c, bos=True, eos=True) for _, texts, _ in drawn for c in texts]
+    places = [p for _, _, four in drawn for p in four]
+    phrases = [words.encode(phrase, bos=True, eos=True) for phrase in PHRASES]
     print(f"{len(pictures)} pictures drawn", flush=True)
     torch.manual_seed(0)
     model = Contrast(words.vocab_size)
+    if start:
+        model.vit = ViT.from_pretrained(start, torch.float32).train()
     optimizer, schedule = adamw(model, lr, steps)
     generator = torch.Generator().manual_seed(0)
     started = time.time()
     for step in range(steps):
         chosen = torch.randint(groups, (batch // 4,), generator=generator)
         chosen = (chosen[:, None] * 4 + torch.arange(4)).flatten().tolist()
-        rows = [ids[i] for i in chosen]
-        ends = torch.tensor([len(row) - 1 for row in rows])
-        length = int(ends.max()) + 1
-        captions = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        pixels = normalised(pictures[chosen])
+        stickers = torch.tensor([(i, *at) for i, j in enumerate(chosen) for at in places[j]])
         # Light and contrast vary a little, so that no feature hangs on an exact shade.
         gain, shift = torch.randn(2, batch, 3, 1, 1, generator=generator) * 0.06
+        pixels = normalised(pictures[chosen]) * (1 + gain) + shift
         with torch.autocast("cpu", torch.bfloat16):
-            loss, accuracy = model(pixels * (1 + gain) + shift, captions, ends)
+            loss, own, region = model(pixels, [captions[i] for i in chosen], stickers, phrases)
         update(model, optimizer, schedule, loss)
-        report(step, steps, started, loss=loss.item(), accuracy=accuracy.item())
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        report(step, steps, started, loss=loss.item(), own=own.item(), region=region.item())
+        if (step + 1) % 250 == 0 or step + 1 == steps:
             checkpoint.save(
                 out, "vision_tower", model.vit.state_dict(), asdict(VIT), dtype=torch.float16
             )
             print(json.dumps(probe(model.vit)), flush=True)
 
 
-def probe(vit, n_train: int = 2000, n_test: int = 1000) -> dict[str, float]:
+def probe(vit, n_train: int = 4000, n_test: int = 1000) -> dict[str, float]:
     """A linear probe on frozen patch features at layer -2: which kind lies on this patch?
 
     It sees the one patch under the middle of a sticker; train and test pictures are fresh.
     """
 
-    def features(seed, count):
+    def at_stickers(seed, count):
         config = ImageConfig(image_size=96)
         found, kinds, small = [], [], []
         for start in range(0, count, 200):
             scenes = [world.make_scene(seed, i) for i in range(start, start + 200)]
             pixels = torch.cat([image.to_pixels(world.draw(s), config) for s in scenes])
             with torch.no_grad():
-                grid = vit(pixels, -2).view(200, 8, 8, -1)  # (B, rows, columns, D)
-            for scene, patches in zip(scenes, grid, strict=True):
+                features = vit(pixels, -2)  # (B, N, D)
+            for scene, patches in zip(scenes, features, strict=True):
                 for s in scene.stickers:
-                    x, y = (c * 8 // world.SHEET for c in s.centre)
-                    found.append(patches[y, x])
+                    found.append(patches[patch_of(s)])
                     kinds.append(world.KINDS.index(s.kind))
                     small.append(s.size == "small")
         return torch.stack(found), torch.tensor(kinds), torch.tensor(small)
 
     vit.eval()
-    x, y, _ = features(PROBE, n_train)
+    x, y, _ = at_stickers(PROBE, n_train)
     mean, std = x.mean(0), x.std(0)
     linear = nn.Linear(VIT.dim, len(world.KINDS))
     optimizer = torch.optim.AdamW(linear.parameters(), lr=0.02, weight_decay=0.02)
@@ -313,7 +349,7 @@ def probe(vit, n_train: int = 2000, n_test: int = 1000) -> dict[str, float]:
         optimizer.zero_grad()
         F.cross_entropy(linear((x - mean) / std), y).backward()
         optimizer.step()
-    x, y, small = features(TEST, n_test)
+    x, y, small = at_stickers(TEST, n_test)
     right = (linear((x - mean) / std).argmax(1) == y).float()
     vit.train()
     return {
@@ -372,12 +408,13 @@ def main():
     parser.add_argument("part", choices=("tokenizer", "vit", "llama"))
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--groups", type=int, default=12_000, help="groups of four pictures (vit)")
+    parser.add_argument("--start", type=Path, help="folder of a ViT to go on from (vit)")
     parser.add_argument("--out", type=Path, help="folder for the result")
     args = parser.parse_args()
     if args.part == "tokenizer":
         train_tokenizer(args.out or WEIGHTS / "llama")
     elif args.part == "vit":
-        train_vit(args.out or WEIGHTS / "vit", args.steps or 3000, args.groups)
+        train_vit(args.out or WEIGHTS / "vit", args.steps or 3000, args.groups, args.start)
     else:
         train_llama(args.out or WEIGHTS / "llama", args.steps or 2000)
 

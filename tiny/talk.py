@@ -99,12 +99,8 @@ def detail(scene: Scene) -> str:
 
 def notes(scene: Scene, random) -> str:
     """The scene written down in no particular order, for a model that cannot see."""
-    stickers = [scene.stickers[i] for i in random.permutation(len(scene.stickers))]
-    if random.randint(2):
-        lines = [f"{s.place}: {s.size} {s.kind}" for s in stickers]
-        lines.insert(random.randint(len(lines) + 1), f"paper: {scene.paper}")
-        return "\n".join(lines)
-    return caption(Scene(scene.paper, tuple(stickers), 0), random)
+    parts = [f"{s.place} {s.size} {s.kind}" for s in scene.stickers] + [f"paper {scene.paper}"]
+    return ", ".join(parts[i] for i in random.permutation(len(parts)))
 
 
 # ---- short answers --------------------------------------------------------------------------

@@ -18,16 +18,14 @@ import numpy as np
 from PIL import Image
 
 FAMILIES = {
-    "animal": tuple(
-        "cat dog pig frog lion panda penguin elephant turtle octopus bee butterfly".split()
-    ),
-    "food": tuple(
-        "apple banana lemon carrot strawberry watermelon pizza burger cheese doughnut cake mushroom".split()
-    ),
-    "vehicle": tuple(
-        "car bus truck tractor bicycle train rocket helicopter plane boat ship scooter".split()
-    ),
-    "thing": tuple("clock key book umbrella guitar hammer bulb drum bell ball hat camera".split()),
+    family: tuple(kinds.split())
+    for family, kinds in {
+        "animal": "cat dog pig frog lion panda penguin elephant turtle octopus bee butterfly",
+        "food": "apple banana lemon carrot strawberry watermelon"
+        " pizza burger cheese doughnut cake mushroom",
+        "vehicle": "car bus truck tractor bicycle train rocket helicopter plane boat ship scooter",
+        "thing": "clock key book umbrella guitar hammer bulb drum bell ball hat camera",
+    }.items()
 }
 KINDS = tuple(kind for kinds in FAMILIES.values() for kind in kinds)
 FAMILY = {kind: family for family, kinds in FAMILIES.items() for kind in kinds}
@@ -96,7 +94,7 @@ def held_out(kind: str, place: str, size: str) -> bool:
 
 
 def make_scene(seed: int, index: int, only_held_out: bool = False) -> Scene:
-    """The scene number `index` of the world `seed`; with `only_held_out`, of unseen combinations."""
+    """Scene number `index` of the world `seed`; `only_held_out`: of unseen combinations only."""
     random = np.random.RandomState([seed, index])
     places = sorted(random.permutation(9)[: random.randint(1, 5)])
     kinds: list[str] = []
