@@ -1,4 +1,4 @@
-"""python -m pytest tests/test_generate.py: the command line answers, and refuses in one sentence."""
+"""python -m pytest tests/test_generate.py: it answers, or refuses in one sentence."""
 
 import json
 import subprocess

@@ -28,7 +28,7 @@ def run(*args, launcher=(), fails=False):
     command = [sys.executable, *launcher, *map(str, args)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert (done.returncode != 0) == fails, done.stderr
+    assert fails is None or (done.returncode != 0) == fails, done.stderr
     return done.stderr
 
 
@@ -119,7 +119,9 @@ def test_resuming_continues_to_the_same_bits(start, stage1, stage2, tmp_path):
 
 def test_two_processes_follow_the_loss_curve_of_one(start, stage1, stage2, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    stage(2, start, tmp_path, "--model", stage1, "--lr", 3e-3, launcher=torchrun)
+    # Judged by what it wrote: gloo now and then aborts a process that has finished its work.
+    stage(2, start, tmp_path, "--model", stage1, "--lr", 3e-3, launcher=torchrun, fails=None)
+    assert (tmp_path / "model.safetensors").exists()
     one, two = (torch.tensor(losses(f)) for f in (stage2, tmp_path))
     # Sums in another order: the last bits differ, and training carries them on.
     assert torch.allclose(one, two, rtol=1e-3)
