@@ -27,8 +27,8 @@ from llava import LLaVA
 
 TINY = Path(__file__).parent / "tiny" / "weights" / "llava"
 TINY_KNOWS = (
-    "tiny model: it knows 1 to 4 stickers of 48 kinds on coloured paper (what, where, how many, "
-    "how large, left or right of what) and nothing else; --model takes a real one"
+    "tiny model: it knows 1 to 4 stickers of 48 kinds on coloured paper and nothing else, and errs "
+    "about them (the README has its scores); --model takes a real one"
 )
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

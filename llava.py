@@ -123,7 +123,7 @@ class LLaVA(nn.Module):
         Raises ValueError when the number of pictures differs from the number of IMAGE_TOKENs.
         """
         embeds, _, mask = self.embed(input_ids, pixels, labels, attention_mask)
-        return self.language_model(embeds=embeds, mask=mask)
+        return self.language_model(embeds=embeds, mask=needed(mask))
 
     def loss(
         self,
@@ -141,12 +141,18 @@ class LLaVA(nn.Module):
         question never meet the vocabulary.
         """
         embeds, labels, mask = self.embed(input_ids, pixels, labels, attention_mask)
-        hidden = self.language_model.hidden(embeds=embeds, mask=mask)  # (B, T', D)
+        if self.training and not len(pixels):
+            # Under FSDP every process has to touch every part, or the others wait for it.
+            no_picture = embeds.new_zeros(1, self.config.vision.dim)
+            embeds = embeds + 0 * self.projector(no_picture)
+        hidden = self.language_model.hidden(embeds=embeds, mask=needed(mask))  # (B, T', D)
         #     tokens  <s>  USER  What  ASSISTANT  A    cat  </s>
         #     labels   .    .     .        .      A    cat  </s>
         #     target   .    .     .        A      cat  </s>  .     the token at t is told at t - 1
         target = labels[:, 1:]  # (B, T'-1)
         supervised = target != IGNORE
+        if not supervised.any() and reduction == "mean":
+            raise ValueError("no token of the batch is supervised, so there is no mean loss")
         logits = self.language_model.head(hidden[:, :-1][supervised])  # (supervised, V)
         return F.cross_entropy(logits.float(), target[supervised], reduction=reduction)
 
@@ -195,6 +201,11 @@ class LLaVA(nn.Module):
         if features:
             embeds = embeds.masked_scatter(is_image[:, None], torch.cat(features).to(embeds.dtype))
         return embeds, labels.masked_fill(is_image, IGNORE), mask
+
+
+def needed(mask):
+    """The mask, or None if it only holds padding on the right: no causal query ever sees that."""
+    return mask if mask.max() > 1 else None
 
 
 def pad(rows, length: int, value, left: bool):

@@ -112,7 +112,7 @@ RECIPES = {
             data=str(TINY / "data" / "stage2.json"),
             out="runs/stage2",
             batch=32,
-            lr=5e-4,
+            lr=1e-3,
         ),
     },
     # LLaVA-1.5 (section 3 and appendix A; 7B and 13B alike, 8 GPUs): --model, --data, --images and

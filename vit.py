@@ -65,7 +65,8 @@ class PatchEmbedding(nn.Module):
         self.patch_embedding = nn.Conv2d(
             3, config.dim, config.patch_size, stride=config.patch_size, bias=False
         )
-        self.class_embedding = nn.Parameter(torch.randn(config.dim) * config.dim**-0.5)
+        self.class_embedding = nn.Parameter(torch.empty(config.dim))
+        nn.init.normal_(self.class_embedding, std=config.dim**-0.5)
         self.position_embedding = nn.Embedding(config.n_patches + 1, config.dim)
 
     def forward(self, pixels):

@@ -17,6 +17,7 @@ import warnings
 import zlib
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -108,6 +109,8 @@ def clip_processor():
 @pytest.mark.parametrize("size", [96, 224, 336])
 @pytest.mark.parametrize("kind", FILES)
 def test_every_bit_equals_the_reference_processor(clip_processor, tmp_path, kind, size, aspect):
+    if kind == "ycbcr tiff" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow 12 cannot read back the YCbCr TIFF that it writes")
     original, name, options = FILES[kind]
     original.save(tmp_path / name, **options)
     ours = to_pixels(load(tmp_path / name), ImageConfig(image_size=size, aspect=aspect))
