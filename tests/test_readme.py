@@ -34,7 +34,9 @@ def test_the_python_example_runs():
     assert done.returncode == 0 and done.stdout.strip()
 
 
-@pytest.mark.parametrize("name", sorted(set(re.findall(r"`([\w/]+(?:\.\w+|/))`", README))))
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"`([\w/]+(?:\.(?:py|md|jsonl?|txt|jpg)|/))`", README)))
+)
 def test_every_file_that_is_named_is_there(name):
     assert (ROOT / name).exists() or name == "runs/"
 
