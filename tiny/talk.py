@@ -99,7 +99,7 @@ def detail(scene: Scene) -> str:
 
 def notes(scene: Scene, random) -> str:
     """The scene written down in no particular order, for a model that cannot see."""
-    parts = [f"{s.place} {s.size} {s.kind}" for s in scene.stickers] + [f"paper {scene.paper}"]
+    parts = [f"{s.place} {s.kind} {s.size}" for s in scene.stickers] + [f"paper {scene.paper}"]
     return ", ".join(parts[i] for i in random.permutation(len(parts)))
 
 
