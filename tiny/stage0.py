@@ -17,6 +17,7 @@ that know nothing of each other. Two things had to be found out, and are measure
 
 import argparse
 import io
+import itertools
 import json
 import sys
 import time
@@ -128,8 +129,7 @@ def written_sample(seed: int, index: int, words) -> tuple[list[int], list[int]]:
     A caption follows its notes as it will follow its picture in stage 1 (template "plain").
     """
     scene, random = world.make_scene(seed, index), random_of(seed, index, 6)
-    drills = 1.0 if index < DRILLS else 0.5 if index < 3 * DRILLS else 0.2
-    if random.rand() < drills:
+    if index < DRILLS or random.randint(5) < 2:
         return drill(random, words, in_full=index >= DRILLS)
     if random.randint(6):
         return encode(written_conversation(seed, index), words, "v1", LLAMA.max_positions)
@@ -139,15 +139,19 @@ def written_sample(seed: int, index: int, words) -> tuple[list[int], list[int]]:
 
 
 def drill(random, words, in_full: bool) -> tuple[list[int], list[int]]:
-    """Notes of four stickers and twelve look-ups in shorthand ("what top left", "cat") or in full.
+    """Notes of four stickers and twelve look-ups, in shorthand ("what top left", "cat") or in full.
 
     Where the answer follows its key at once and four stickers compete for it, gradient descent
     finds the look-up in 500 steps, and real questions then inherit it; from real questions alone
     it was not found in thousands. (Two attention heads have to meet: one that carries each word
-    to the next, one that seeks the key. Neither pays without the other.)
+    to the next, one that seeks the key. Neither pays without the other.) After the shorthand
+    half of the drills count instead, where ordinary questions have too few twos and threes.
     """
+    counting = in_full and random.randint(2)
     places = [world.PLACES[i] for i in random.permutation(9)[:4]]
     kinds = [world.KINDS[i] for i in random.permutation(48)[:4]]
+    if counting:
+        kinds = [talk.pick(random, kinds[:3]) for _ in kinds]
     stickers = [
         world.place_sticker(random, kind, talk.pick(random, tuple(world.SIZES)), place)
         for kind, place in zip(kinds, places, strict=True)
@@ -158,7 +162,11 @@ def drill(random, words, in_full: bool) -> tuple[list[int], list[int]]:
     for _ in range(12):
         sticker = talk.pick(random, stickers)
         about = talk.pick(random, ("kind", "place", "size"))
-        if in_full and random.randint(2):
+        if counting:
+            noun = talk.pick(random, (*world.FAMILIES, *kinds))
+            question = f"How many {talk.plural(noun)} are there?"
+            answer = str(sum(noun in (s.kind, s.family) for s in stickers))
+        elif in_full and random.randint(2):
             question, answer = talk.SHORT[about](scene, random)
         else:
             word = {"kind": "what", "place": "where", "size": "how"}[about]
@@ -186,7 +194,7 @@ def padded(rows) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, labels
 
 
-def train_llama(out: Path, steps: int, batch: int = 32, lr: float = 1e-3):
+def train_llama(out: Path, steps: int, start=None, batch: int = 32, lr: float = 1e-3):
     words = tokenizer.load(WEIGHTS / "llama")
     torch.manual_seed(0)
     config = replace(LLAMA, vocab_size=words.vocab_size)
@@ -196,12 +204,20 @@ def train_llama(out: Path, steps: int, batch: int = 32, lr: float = 1e-3):
     for layer in llama.layers:  # a layer starts as a small step away from its input
         layer.self_attn.o_proj.weight.data *= 0.1
         layer.mlp.down_proj.weight.data *= 0.1
+    if start:
+        llama = LLaMA.from_pretrained(start, torch.float32).train()
     optimizers = optimizers_of(llama, lr, steps)
     started = time.time()
+    first = 200_000 // batch if start else 0  # behind the drills, in examples not seen yet
     loader = torch.utils.data.DataLoader(
-        range(0, steps, 16), None, num_workers=1, collate_fn=partial(text_batches, batch, words)
+        range(first, first + steps, 16),
+        None,
+        num_workers=1,
+        collate_fn=partial(text_batches, batch, words),
     )
-    for step, (ids, labels) in enumerate(b for batches in loader for b in batches):
+    for step, (ids, labels) in enumerate(
+        itertools.islice(itertools.chain.from_iterable(loader), steps)
+    ):
         with sdpa_kernel(SDPBackend.MATH):  # on CPU the fused one has a slow backward
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = llama.hidden(ids)
@@ -464,7 +480,7 @@ def main():
     parser.add_argument("part", choices=("tokenizer", "vit", "llama"))
     parser.add_argument("--steps", type=int, help="optimizer steps")
     parser.add_argument("--groups", type=int, default=12_000, help="groups of four pictures (vit)")
-    parser.add_argument("--start", type=Path, help="folder of a ViT to go on from (vit)")
+    parser.add_argument("--start", type=Path, help="folder of a model to go on from")
     parser.add_argument("--out", type=Path, help="folder for the result")
     args = parser.parse_args()
     if args.part == "tokenizer":
@@ -472,7 +488,7 @@ def main():
     elif args.part == "vit":
         train_vit(args.out or WEIGHTS / "vit", args.steps or 3000, args.groups, args.start)
     else:
-        train_llama(args.out or WEIGHTS / "llama", args.steps or 2000)
+        train_llama(args.out or WEIGHTS / "llama", args.steps or 4200, args.start)
 
 
 if __name__ == "__main__":
