@@ -19,16 +19,13 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import checkpoint
 import data
@@ -288,9 +285,6 @@ def train(stage: int, resume: bool, recipe: Recipe):
         print(
             json.dumps(header | {"processes": world, "device": str(device)}), file=log, flush=True
         )
-    # On CPU torch's fused attention has a slow backward; written out, short rows train faster.
-    written_out = device.type == "cpu" and recipe.max_length <= 1024
-    attention = partial(sdpa_kernel, SDPBackend.MATH) if written_out else nullcontext
     started = last_shown = time.time()
     for step, micro_batches in enumerate(loader, start):
         rate = learning_rate(step, total, recipe.warmup)
@@ -305,11 +299,9 @@ def train(stage: int, resume: bool, recipe: Recipe):
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-            with attention():
-                with autocast:
-                    part = model.loss(**batch, reduction="sum") / n_learned
-                (part * world).backward()  # FSDP takes the mean over the processes
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                part = model.loss(**batch, reduction="sum") / n_learned
+            (part * world).backward()  # FSDP takes the mean over the processes
             loss += part.detach()
         if parallel:
             dist.all_reduce(loss)
