@@ -218,7 +218,7 @@ def train_llama(out: Path, steps: int, start=None, batch: int = 32, lr: float = 
     for step, (ids, labels) in enumerate(
         itertools.islice(itertools.chain.from_iterable(loader), steps)
     ):
-        with sdpa_kernel(SDPBackend.MATH):  # on CPU the fused one has a slow backward
+        with sdpa_kernel(SDPBackend.MATH):  # faster than the fused one on these rows
             with torch.autocast("cpu", torch.bfloat16):
                 hidden = llama.hidden(ids)
                 target = labels[:, 1:]
@@ -433,8 +433,8 @@ def init(module, std: float):
 def optimizers_of(model, lr: float, steps: int):
     """Muon for the matrices of linear layers, AdamW for the rest, each with its schedule.
 
-    Muon makes all directions of an update equally strong, so rare ones are learned too: look-ups
-    come in a third of AdamW's steps. The learning rate warms up for 5 % and falls as a cosine.
+    Muon makes all directions of an update equally strong, so rare ones are learned too: bare
+    look-ups came in 300 steps, with AdamW in 400. 5 % warm-up, then a cosine to zero.
     """
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
     matrices = [p for p in model.parameters() if id(p) in linear]
