@@ -83,8 +83,6 @@ class Recipe:
         if self.dtype not in ("auto", *DTYPES) or self.save_dtype not in DTYPES:
             raise ValueError(f"--dtype and --save-dtype are among {', '.join(DTYPES)}")
 
-    save_dtype: str = flag("fp16", "type of the saved model's tensors: fp16, bf16, fp32")
-
 
 TINY_WORLD = Recipe(
     model=str(TINY / "weights" / "llama"),

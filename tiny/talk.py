@@ -138,16 +138,13 @@ def paper(scene: Scene, random):
 
 
 def number(scene: Scene, random):
-    """Counts of stickers, of a family (none of it, now and then) or of a kind."""
-    which = random.randint(3)
-    if which == 0:
-        noun, n = "sticker", len(scene.stickers)
-    elif which == 1:
-        noun = pick(random, tuple(FAMILIES))
-        n = sum(s.family == noun for s in scene.stickers)
-    else:
-        noun = pick(random, scene.stickers).kind
-        n = sum(s.kind == noun for s in scene.stickers)
+    """Counts of stickers, of a family or of a kind, no count more often than another there."""
+    nouns = pick(random, (("sticker",), tuple(FAMILIES), sorted({s.kind for s in scene.stickers})))
+    counts = {
+        noun: sum(noun in ("sticker", s.family, s.kind) for s in scene.stickers) for noun in nouns
+    }
+    n = pick(random, sorted(set(counts.values())))
+    noun = pick(random, [noun for noun in nouns if counts[noun] == n])
     return f"How many {plural(noun)} {pick(random, ('are there', 'do you see'))}?", str(n)
 
 
@@ -301,11 +298,11 @@ def reasoning(scene: Scene, random) -> list[tuple[str, str]]:
 
 def record(scene: Scene, random, which: int) -> list[tuple[str, str]]:
     """The turns of one record; `which` in 0..19 picks its type, short answers most often."""
-    if which < 10:
+    if which < 9:
         return short_answers(scene, random, 8)
-    if which < 13:
+    if which < 11:
         return choices(scene, random, 3)
-    if which < 15:
+    if which < 13:
         return conversation(scene, random)
     if which < 18:
         return [(pick(random, DETAIL_QUESTIONS), detail(scene))]
