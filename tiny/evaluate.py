@@ -1,6 +1,6 @@
 """How well does a tiny model see? Exact answers on fresh pictures, family by family, as a table.
 
-    python tiny/evaluate.py                     the bundled model: all rows, about 10 minutes
+    python tiny/evaluate.py                     the bundled model: all rows, about 15 minutes
     python tiny/evaluate.py --pictures 200      the same, roughly, in one
     python tiny/evaluate.py --model runs/stage2 --rows fresh
 

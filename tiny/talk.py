@@ -139,13 +139,26 @@ def paper(scene: Scene, random):
 
 def number(scene: Scene, random):
     """Counts of stickers, of a family or of a kind, no count more often than another there."""
-    nouns = pick(random, (("sticker",), tuple(FAMILIES), sorted({s.kind for s in scene.stickers})))
-    counts = {
-        noun: sum(noun in ("sticker", s.family, s.kind) for s in scene.stickers) for noun in nouns
-    }
-    n = pick(random, sorted(set(counts.values())))
-    noun = pick(random, [noun for noun in nouns if counts[noun] == n])
-    return f"How many {plural(noun)} {pick(random, ('are there', 'do you see'))}?", str(n)
+    nouns = pick(random, (["sticker"], list(FAMILIES), kinds_and_others(scene, random, 1)))
+    numbers = {noun: number_of(noun, scene) for noun in nouns}
+    n = pick(random, sorted(set(numbers.values())))
+    return how_many(pick(random, [noun for noun in nouns if numbers[noun] == n]), scene, random)
+
+
+def kinds_and_others(scene: Scene, random, n: int) -> list[str]:
+    """The kinds that are there and n that are not: else "How many cats?" is answered with 1."""
+    present = {s.kind for s in scene.stickers}
+    absent = [kind for kind in KINDS if kind not in present]
+    return sorted(present) + [absent[i] for i in random.permutation(len(absent))[:n]]
+
+
+def number_of(noun: str, scene: Scene) -> int:
+    return sum(noun in ("sticker", s.family, s.kind) for s in scene.stickers)
+
+
+def how_many(noun: str, scene: Scene, random):
+    verb = pick(random, ("are there", "do you see"))
+    return f"How many {plural(noun)} {verb}?", str(number_of(noun, scene))
 
 
 def exists(scene: Scene, random):
@@ -217,6 +230,13 @@ def short_answers(scene: Scene, random, n: int) -> list[tuple[str, str]]:
             turns.append(turn)
     turns = turns or [paper(scene, random)]
     return prompted(turns, SHORT_PROMPT)
+
+
+def counts(scene: Scene, random, n: int) -> list[tuple[str, str]]:
+    """Up to n questions of how many, each about something else."""
+    nouns = ["sticker", *FAMILIES, *kinds_and_others(scene, random, 3)]
+    order = random.permutation(len(nouns))[:n]
+    return prompted([how_many(nouns[i], scene, random) for i in order], SHORT_PROMPT)
 
 
 def choices(scene: Scene, random, n: int) -> list[tuple[str, str]]:
@@ -298,8 +318,10 @@ def reasoning(scene: Scene, random) -> list[tuple[str, str]]:
 
 def record(scene: Scene, random, which: int) -> list[tuple[str, str]]:
     """The turns of one record; `which` in 0..19 picks its type, short answers most often."""
-    if which < 9:
+    if which < 6:
         return short_answers(scene, random, 8)
+    if which < 9:
+        return counts(scene, random, 8)
     if which < 11:
         return choices(scene, random, 3)
     if which < 13:
