@@ -1,189 +1,251 @@
-"""Weights on disk: official layouts <-> the names used here, strict both ways.
+"""Weights on disk: every official layout <-> the names used here, strict both ways.
 
-A checkpoint is a folder: config.json has the sizes, *.safetensors the tensors. Three families are
-read, told apart by what config.json says and never by the name of a folder:
+A checkpoint is a folder (or one file of OpenAI's CLIP). What lies in it tells the family, never
+what it is called:
 
-    clip       CLIPVisionModel, or the vision half of CLIPModel     holds a vision_tower
-    llama      LlamaForCausalLM, MistralForCausalLM                 holds a language_model
-    llava-hf   LlavaForConditionalGeneration                        holds both, and a projector
+    clip          CLIPVisionModel, or the vision half of CLIPModel        holds a vision_tower
+    openai-clip   ViT-L-14.pt and the like, or its plain state dict       holds a vision_tower
+    llama         LlamaForCausalLM, MistralForCausalLM (Vicuna, Yi, ...)  holds a language_model
+    meta          consolidated.*.pth and params.json                      holds a language_model
+    llava-hf      LlavaForConditionalGeneration, LlavaNext...             holds both and a projector
+    llava         liuhaotian/llava-...: v1, v1.5, v1.6. Up to v1.5 the tower is a checkpoint of its
+                  own; with a base, these may be a delta, a LoRA or a projector alone
 
-NAMES is the whole translation, and `save` reads the same table from right to left. What a config
+layouts.py has the whole translation as tables; `save` reads them from right to left. What a config
 asks for and this code does not do is refused: loaded anyway, it would only give other numbers.
 
-No model file is imported; `build` is told how to make the module. Read next: `from_pretrained` in
-vit.py, llama.py and llava.py, a few lines each.
+No model file is imported; `build` is told how to make the module. weightfile.py opens the files.
+Read next: `from_pretrained` in vit.py, llama.py and llava.py, a few lines each.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
 import sys
+import time
 from collections import Counter
+from dataclasses import asdict
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 
-# How a stored name starts -> how ours starts; the first row that fits counts. "(a|b)" stands where
-# versions of transformers differ: both are read, the first is written, and every version reads it.
-CLIP = (
-    ("(vision_model.|)encoder.layers.", "vision_tower.layers."),
-    ("(vision_model.|)pre_layrnorm.", "vision_tower.pre_layernorm."),  # the typo is theirs
-    ("(vision_model.|)embeddings.", "vision_tower.embeddings."),
-    ("(vision_model.|)post_layernorm.", "vision_tower.post_layernorm."),
+import layouts
+import tokenizer
+from layouts import NAMES, hf_config, hf_preprocessor, stored_name, translated
+from weightfile import (
+    CheckpointError,
+    Stored,
+    added,
+    lora_merged,
+    open_weights,
+    split_half,
+    thirds,
 )
-NAMES = {
-    "clip": CLIP,
-    "llama": (("lm_head.", "language_model.lm_head."), ("model.", "language_model.")),
-    "llava-hf": (
-        *((f"(|model.)vision_tower.{stored}", ours) for stored, ours in CLIP),
-        ("(|model.)multi_modal_projector.linear_1.", "projector.0."),
-        ("(|model.)multi_modal_projector.linear_2.", "projector.2."),  # place 1 is the GELU
-        ("(language_model.|)lm_head.", "language_model.lm_head."),
-        ("(language_model.model.|model.language_model.)", "language_model."),
-    ),
-}
-# Stored tensors that are left out, and why. Checkpoint.copies adds those that depend on the config.
-OMITTED = (
-    (r"text_(model|projection)\.", "CLIP's text half; LLaVA has its own language model"),
-    (
-        r"visual_projection\.|logit_scale$",
-        "compares pictures with captions, which LLaVA never does",
-    ),
-    (r"(.*\.)?embeddings\.position_ids$", "the numbers 0, 1, 2, ..."),
-    (r".*\.rotary_emb\.inv_freq$", "follows from rope_theta"),
-)
-# Key of config.json -> our field, and the value that transformers assumes where the key is absent.
-VISION = {
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 32),
-    "hidden_size": ("dim", 768),
-    "intermediate_size": ("mlp_dim", 3072),
-    "num_hidden_layers": ("n_layers", 12),
-    "num_attention_heads": ("n_heads", 12),
-    "layer_norm_eps": ("norm_eps", 1e-5),
-    "hidden_act": ("activation", "quick_gelu"),
-}
-TEXT = {
-    "vocab_size": ("vocab_size", 32000),
-    "hidden_size": ("dim", 4096),
-    "intermediate_size": ("mlp_dim", 11008),
-    "num_hidden_layers": ("n_layers", 32),
-    "num_attention_heads": ("n_heads", 32),
-    "num_key_value_heads": ("n_kv_heads", 0),  # 0: as many as n_heads
-    "head_dim": ("head_dim", 0),  # 0: dim / n_heads
-    "rms_norm_eps": ("norm_eps", 1e-6),
-    "rope_theta": ("rope_theta", 10000.0),
-    "max_position_embeddings": ("max_positions", 2048),
-    "tie_word_embeddings": ("tied_embeddings", False),
-}
-MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096}
-MISTRAL |= {"max_position_embeddings": 131072}
-DECODERS = {"llama": {}, "mistral": MISTRAL}  # model_type -> what it assumes instead
-# Options of which this code knows one value only.
-ONLY = {
-    "vision": {"model_type": "clip_vision_model", "num_channels": 3},
-    "text": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "llava": {"multimodal_projector_bias": True},
-}
-PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}  # projector_hidden_act -> our kind
-KEEP_CLASS = {"default": False, "full": True}  # vision_feature_select_strategy -> keep_class
-NOTES = "llava_from_scratch"  # key of config.json for what transformers has no word for
-KINDS = {"vision_tower": "clip", "language_model": "llama", "llava": "llava-hf"}
-# What a weight can be, in the words of safetensors; quantised formats are not among them.
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message says what was expected and what is there."""
-
-
-class Stored(NamedTuple):
-    """Where a tensor lies and what it is, before a byte of it is read."""
-
-    file: Path
-    shape: list[int]
-    dtype: str  # a key of DTYPES, or something that is no weight
 
 
 class Checkpoint:
-    """A folder, opened: the config is read, the tensors stay on disk until `read` asks for one."""
+    """A checkpoint, opened: its configs are read, its tensors stay on disk until asked for.
 
-    def __init__(self, path):
-        self.path = Path(path)
-        if not self.path.is_dir():
-            raise CheckpointError(f"{path} is not a folder; expected one with a config.json in it")
+    path:         a folder, a CLIP file, or a Hugging Face id that was downloaded
+    base:         the checkpoint that a delta, a LoRA or a lone projector belongs to
+    vision_tower: a CLIP checkpoint that takes the place of the tower
+    """
+
+    def __init__(self, path, base=None, vision_tower=None):
+        self.path = locate(path)
+        self.base = Checkpoint(base) if base else None
+        self._vision_tower = vision_tower
+        self.family, self.config = None, {}
+        if self.path.is_file():
+            self.family = "openai-clip"
+            if "visual.conv1.weight" not in self.tensors:
+                raise CheckpointError(f"{path} is no CLIP of OpenAI's; other models are folders")
+            return
+        if (self.path / "params.json").is_file():
+            self.family, self.config = "meta", read_json(self.path / "params.json")
+            return
         self.config = read_json(self.path / "config.json")
         kind = self.config.get("model_type")
+        parts = {"text_config", "vision_config"}
         sections = {key for key, value in self.config.items() if isinstance(value, dict)}
         if kind == "clip_vision_model" or kind == "clip" and "vision_config" in sections:
             self.family = "clip"
-        elif kind in list(DECODERS):
+        elif kind in ("llama", "mistral"):
             self.family = "llama"
-        elif kind == "llava" and {"text_config", "vision_config"} <= sections:
+        elif kind in ("llava", "llava_next") and parts <= sections:
             self.family = "llava-hf"
+        elif kind in ("llava", "llava_llama", "llava_mistral") and not parts & self.config.keys():
+            self.family = "llava"
         else:
-            known = "clip, clip_vision_model, llama, mistral, or llava with its two sub-configs"
-            raise self._refusal("model_type", kind, known)
+            known = "clip, clip_vision_model, llama, mistral, llava, llava_next, llava_llama"
+            raise self._refusal("model_type", kind, f"{known} or llava_mistral")
+        if self.base and self.family != "llava":
+            raise CheckpointError(f"{path} is a {self.family} model, which takes no base")
 
-    # What config.json says, in our words. What is not implemented raises CheckpointError.
+    # What the config says, in our words. What is not implemented raises CheckpointError.
 
     def vision_config(self) -> dict:
         """The fields of ViTConfig."""
-        if self.family == "llama":
+        if self.family in ("llama", "meta"):
             raise CheckpointError(f"{self.path} is a language model: it has no vision tower")
-        section = self.config.get("vision_config", self.config)
-        self._check(section, "vision")
-        return self._translate(section, VISION)
+        own = None
+        if self.family in ("clip", "llava-hf"):
+            section = self.config.get("vision_config", self.config)
+            self._check(section, "vision")
+            own = self._translate(section, layouts.VISION)
+        if self.tower is None:
+            return own or self._vision_sizes()
+        given = self.tower.vision_config()
+        if own not in (None, given):
+            raise CheckpointError(
+                f"the tower in {self.tower.path} is {given}, but {self.path} was trained with {own}"
+            )
+        return given
+
+    def _vision_sizes(self) -> dict:
+        """The same from the shapes alone; heads are 64 wide in every CLIP of OpenAI's."""
+        shapes = {ours: stored.shape for ours, stored in self._own_names()[0].items()}
+        name = "vision_tower.embeddings.patch_embedding.weight"
+        dim, _, patch, _ = self._shape(shapes, name, 4)
+        positions, _ = self._shape(shapes, "vision_tower.embeddings.position_embedding.weight", 2)
+        layers = {n.split(".")[2] for n in shapes if n.startswith("vision_tower.layers.")}
+        mlp_dim, _ = self._shape(shapes, "vision_tower.layers.0.mlp.fc1.weight", 2)
+        return {
+            "image_size": math.isqrt(max(0, positions - 1)) * patch,
+            "patch_size": patch,
+            "dim": dim,
+            "mlp_dim": mlp_dim,
+            "n_layers": len(layers),
+            "n_heads": max(1, dim // 64),
+            "norm_eps": 1e-5,
+            "activation": "quick_gelu",
+        }
+
+    def _shape(self, shapes: dict, name: str, n_dims: int) -> list[int]:
+        shape = shapes.get(name, [])
+        if len(shape) != n_dims or not all(0 < n <= layouts.LIMIT for n in shape):
+            raise CheckpointError(
+                f"{self.path}: expected a {n_dims}-d {name}, got {shape or 'none'}"
+            )
+        return shape
 
     def text_config(self) -> dict:
         """The fields of LLaMAConfig."""
-        if self.family == "clip":
+        if self.family in ("clip", "openai-clip"):
             raise CheckpointError(f"{self.path} is a CLIP model: it has no language model")
+        if self.family == "meta":
+            return self._meta_config()
         section = self.config.get("text_config", self.config)
-        section = self._choose(section, "model_type", DECODERS, "llama") | section
+        section = self._choose(section, "model_type", layouts.DECODERS, "llama") | section
         self._check(section, "text")
-        section["rope_theta"] = self._rope_theta(section)
+        rope = self._rope(section)
+        section["rope_theta"] = rope.get("rope_theta", section.get("rope_theta"))
         # transformers 4 looks for this key in text_config, 5 beside it as well.
         tied = section.get("tie_word_embeddings") or self.config.get("tie_word_embeddings")
-        fields = self._translate(section | {"tie_word_embeddings": tied}, TEXT)
+        fields = self._translate(section | {"tie_word_embeddings": tied}, layouts.TEXT)
         fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
+        fields["rope_scaling"] = self._rope_scaling(rope)
         window = section.get("sliding_window")
-        if window is not None and window < fields["max_positions"]:
-            raise self._refusal("sliding_window", window, "null (each token sees all before it)")
+        if window is not None:
+            if type(window) is not int or window < 1:
+                raise self._refusal("sliding_window", window, "null or a number above 0")
+            # Here each token sees all before it. Up to the window's length that is the same.
+            fields["max_positions"] = min(fields["max_positions"], window)
+        return fields
+
+    def _meta_config(self) -> dict:
+        """params.json has few sizes; the others are in the shapes."""
+        shapes = {stored.name: stored.shape for stored in self.tensors.values()}
+        vocab_size, _ = self._shape(shapes, "tok_embeddings.weight", 2)
+        mlp_dim, _ = self._shape(shapes, "layers.0.feed_forward.w1.weight", 2)
+        config = self.config | {"vocab_size": vocab_size, "mlp_dim": mlp_dim}
+        fields = self._translate(config, layouts.META)
+        fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
+        # The file does not say for how many positions: LLaMA 1, 2 and 3 differ in these.
+        old = fields["norm_eps"] < 1e-5
+        fields["max_positions"] = 2048 if old else 4096 if fields["rope_theta"] == 1e4 else 8192
+        fields["tied_embeddings"] = False  # Meta stores the table twice
+        if self.config.get("use_scaled_rope"):
+            fields |= {"rope_scaling": layouts.LLAMA31, "max_positions": 131072}
         return fields
 
     def llava_config(self) -> dict:
         """The fields of LLaVAConfig, with those of its parts as dictionaries inside.
 
-        The layout has no words for padding and for conversation templates. They are LLaVA-1.5's
-        own, "pad" and "v1", unless `save` left a note in config.json.
+        The llava-hf layout has no words for padding and for conversation templates. They are
+        LLaVA-1.5's own, "pad" and "v1", unless `save` left a note in config.json. Absent keys of
+        the original layout mean what the original code takes them to mean.
         """
-        if self.family != "llava-hf":
+        config, notes = self.config, self._notes()
+        if self.family not in ("llava", "llava-hf"):
             raise CheckpointError(f"{self.path} holds a {self.family} model, not a whole LLaVA")
-        config, notes, vision = self.config, self.config.get(NOTES, {}), self.vision_config()
-        self._check(config, "llava")
-        layer, strategy = config.get("vision_feature_layer", -2), "vision_feature_select_strategy"
+        vision, text = self.vision_config(), self.text_config()
+        kind, default = config.get("model_type"), "v1"
+        if self.family == "llava":
+            layer_key, class_key = "mm_vision_select_layer", "mm_vision_select_feature"
+            aspect = config.get("image_aspect_ratio")
+            aspect = aspect if aspect in ("pad", "anyres") else "crop"
+            projector = config.get("mm_projector_type", "linear")
+            if config.get("mm_use_im_start_end"):
+                raise self._refusal("mm_use_im_start_end", True, False)
+            if aspect == "anyres":
+                self._only("mm_patch_merge_type", "spatial_unpad", "flat")
+            strategy = "patch"
+        else:
+            self._check(config, "llava")
+            layer_key, class_key = "vision_feature_layer", "vision_feature_select_strategy"
+            aspect = "anyres" if kind == "llava_next" else "pad"
+            projector = self._choose(config, "projector_hidden_act", layouts.PROJECTORS, "gelu")
+            if aspect == "anyres":
+                self._only("use_image_newline_parameter", True, True)
+            strategy = "default"
+        mistral = "mistral" in (kind, config.get("text_config", {}).get("model_type"))
+        if kind == "llava_mistral" or mistral and aspect == "anyres":
+            default = "mistral_instruct"
+        elif text["vocab_size"] // 1000 == 64:  # Yi: 64,000 tokens, or 64,064 with padding
+            default = "chatml_direct"
+        elif text["vocab_size"] // 1000 == 128:  # LLaMA 3: 128,256 or 128,320
+            default = "llava_llama_3"
+        image = {"image_size": vision["image_size"], "aspect": aspect}
+        if aspect == "anyres":
+            # transformers calls these pairs (height, width). The numbers are the original's, where
+            # they are (width, height), and read as such they give the original's choice of grid.
+            image["grid_pinpoints"] = config.get("image_grid_pinpoints")
+        layer = config.get(layer_key, -2)
         if type(layer) is not int:
-            raise self._refusal("vision_feature_layer", layer, "a single number")
+            raise self._refusal(layer_key, layer, "a single number")
         return {
             "vision": vision,
-            "text": self.text_config(),
-            "image": {"image_size": vision["image_size"], "aspect": "pad"} | notes.get("image", {}),
-            "projector": self._choose(config, "projector_hidden_act", PROJECTORS, "gelu"),
+            "text": text,
+            "image": image | notes.get("image", {}),
+            "projector": projector,
             "vision_layer": layer,
-            "keep_class": self._choose(config, strategy, KEEP_CLASS, "default"),
-            "template": notes.get("template", "v1"),
+            "keep_class": self._choose(config, class_key, layouts.KEEP_CLASS, strategy),
+            "template": notes.get("template", default),
         }
 
+    def _notes(self) -> dict:
+        """What `save` wrote down for itself."""
+        notes = self.config.get(layouts.NOTES, {})
+        fields = {"image_size", "aspect", "mean", "std", "grid_pinpoints"}
+        image = notes.get("image", {}) if isinstance(notes, dict) else None
+        proper = isinstance(image, dict) and image.keys() <= fields
+        if not proper or not isinstance(notes.get("template", ""), str):
+            raise self._refusal(layouts.NOTES, notes, "{image: {...}, template: ...}")
+        return notes
+
+    def _only(self, key: str, value, default):
+        if self.config.get(key, default) != value:
+            raise self._refusal(key, self.config.get(key, default), value)
+
     def _check(self, section: dict, part: str):
-        for key, value in ONLY[part].items():
+        for key, value in layouts.ONLY[part].items():
             if section.get(key) not in (None, value):
                 raise self._refusal(key, section[key], value)
 
@@ -193,14 +255,29 @@ class Checkpoint:
             raise self._refusal(key, value, " or ".join(table))
         return table[value]
 
-    def _rope_theta(self, section: dict):
+    def _rope(self, section: dict) -> dict:
         # transformers 4 has rope_theta and rope_scaling; 5 puts both into rope_parameters.
-        rope = (section.get("rope_parameters") or {}) | (section.get("rope_scaling") or {})
-        plain = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1}
-        for key, value in plain.items():
-            if rope.get(key, value) != value:
-                raise self._refusal(f"{key} of RoPE", rope[key], value)
-        return rope.get("rope_theta", section.get("rope_theta"))
+        sources = [section.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+        if not all(isinstance(source, dict) for source in sources):
+            raise self._refusal("rope_scaling", sources, "{...}")
+        rope = sources[0] | sources[1]
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise self._refusal("rope_type of RoPE", kind, "default or llama3")
+        if rope.get("partial_rotary_factor", 1) != 1:
+            value = rope["partial_rotary_factor"]
+            raise self._refusal("partial_rotary_factor of RoPE", value, 1)
+        return rope | {"rope_type": kind}
+
+    def _rope_scaling(self, rope: dict) -> tuple:
+        if rope["rope_type"] == "default":
+            return ()
+        values = tuple(rope.get(key) for key in layouts.ROPE_SCALING)
+        if not all(type(v) in (int, float) and 0 < v < 2**24 for v in values):
+            raise self._refusal(
+                "rope_scaling", rope, f"with {', '.join(layouts.ROPE_SCALING)} above 0"
+            )
+        return tuple(map(float, values))
 
     def _translate(self, section: dict, table: dict) -> dict:
         fields = {}
@@ -212,86 +289,224 @@ class Checkpoint:
                 raise self._refusal(key, value, f"a value of type {kind.__name__}")
             elif kind in (int, float) and not value > 0:
                 raise self._refusal(key, value, "a number above 0")
+            elif kind is int and value > layouts.LIMITS.get(ours, layouts.LIMIT):
+                raise self._refusal(
+                    key, value, f"a number up to {layouts.LIMITS.get(ours, layouts.LIMIT):,}"
+                )
             fields[ours] = kind(value)
         return fields
 
     def _refusal(self, key: str, value, expected) -> CheckpointError:
-        file = self.path / "config.json"
-        return CheckpointError(f"{file}: {key} is {value!r}; only {expected!s} is implemented")
+        file = self.path / ("params.json" if self.family == "meta" else "config.json")
+        value = repr(value) if len(repr(value)) < 200 else repr(value)[:200] + "..."
+        return CheckpointError(f"{file}: {key} is {value}; only {expected!s} is implemented")
 
     # What the weight files hold.
 
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """All stored tensors by their stored names. Of the files, only the headers are read."""
-        tensors = {}
+        found: dict[str, list[Stored]] = {}
         for file in self._weight_files():
-            try:
-                with safe_open(file, "pt") as opened:
-                    parts = {name: opened.get_slice(name) for name in opened.keys()}
-            except SafetensorError as error:
-                raise CheckpointError(
-                    f"{file} ({file.stat().st_size:,} bytes) is no safetensors file, or cut short "
-                    f"({error}); fetch it again"
-                ) from None
-            if twice := sorted(parts.keys() & tensors):
+            parts = open_weights(file)
+            if self.family != "meta" and (twice := sorted(parts.keys() & found)):
                 raise CheckpointError(f"{file} repeats tensors of another file: {listing(twice)}")
             for name, part in parts.items():
-                tensors[name] = Stored(file, part.get_shape(), part.get_dtype())
-        return tensors
+                found.setdefault(name, []).append(part)
+        if self.family != "meta":
+            return {name: part for name, (part,) in found.items()}
+        return {name: self._join(shards) for name, shards in found.items()}
 
     def _weight_files(self) -> list[Path]:
-        single = self.path / "model.safetensors"
-        index = self.path / "model.safetensors.index.json"
-        if single.is_file():
-            return [single]
-        if not index.is_file():
+        if self.path.is_file():
+            return [self.path]
+        if self.family == "meta":
+            files = sorted(self.path.glob("consolidated.*.pth"))
+            if [file.name for file in files] != [
+                f"consolidated.{i:02}.pth" for i in range(len(files))
+            ]:
+                raise CheckpointError(f"{self.path} lacks some of consolidated.00.pth, 01, 02, ...")
+            if not files:
+                raise CheckpointError(f"{self.path} has params.json, but no consolidated.00.pth")
+            return [self._inside(file) for file in files]
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (self.path / name).is_file():
+                return [self._inside(self.path / name)]
+            if (self.path / f"{name}.index.json").is_file():
+                return self._indexed(self.path / f"{name}.index.json")
+        extra = [self.path / name for names in layouts.EXTRAS for name in names]
+        extra = [self._inside(file) for file in extra if file.is_file()]
+        if extra and not self.base:
             raise CheckpointError(
-                f"{self.path} has no {single.name} and no {index.name}; other formats are not read"
+                f"{self.path} holds only {listing([f.name for f in extra])}, which add to another "
+                "checkpoint: name that as the base (--model-base)"
             )
+        if not extra:
+            raise CheckpointError(
+                f"{self.path} has no model.safetensors or pytorch_model.bin, and no index of "
+                "several; other formats are not read"
+            )
+        return extra
+
+    def _indexed(self, index: Path) -> list[Path]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index} has no weight_map; expected tensor -> file name")
         files = [self.path / str(name) for name in sorted({str(v) for v in weight_map.values()})]
         for file in files:
-            if file.parent != self.path or not re.fullmatch(r"[\w.-]+\.safetensors", file.name):
-                raise CheckpointError(f"{index} names {file}; expected *.safetensors beside it")
+            if file.parent != self.path or not re.fullmatch(
+                r"[\w.-]+\.(safetensors|bin)", file.name
+            ):
+                raise CheckpointError(
+                    f"{index} names {file}; expected *.safetensors or *.bin beside it"
+                )
             if not file.is_file():
                 raise CheckpointError(f"{file} is missing, {index.name} names it; fetch it again")
-        return files
+        return [self._inside(file) for file in files]
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor by its stored name, mapped from the file.
+    def _inside(self, file: Path) -> Path:
+        """The file, if it is no link out of the folder (but for the hub cache's own blobs)."""
+        home, real = self.path.resolve(), file.resolve()
+        if real.parent not in (home, home.parent.parent / "blobs"):
+            raise CheckpointError(f"{file} is a link to {real}, out of its folder; copy it instead")
+        return file
 
-        The file is opened anew each time: the pages of a mapping that stays open count as memory
-        of this process, which would then seem to hold the model twice.
-        """
-        with safe_open(self.tensors[name].file, "pt") as opened:
-            return opened.get_tensor(name)
+    def _join(self, shards: list[Stored]) -> Stored:
+        """One tensor of Meta's from its shards: cut for tensor parallelism, or the same in each."""
+        first, n_files = shards[0], len(self._weight_files())
+        if len(shards) != n_files:
+            raise CheckpointError(
+                f"{self.path}: {first.name} is in {len(shards)} of {n_files} files"
+            )
+        if n_files == 1:
+            return first
+        dims = [
+            dim for dim, pattern in layouts.SHARDED.items() if re.fullmatch(pattern, first.name)
+        ]
+        if first.name == "tok_embeddings.weight":  # cut by columns in LLaMA 1 and 2, by rows in 3
+            dims = [int(first.shape[-1:] != [self.config.get("dim")])]
+        if not dims:
+            return first
+        (dim,) = dims
+        if len(first.shape) != 2 or any(
+            s.dtype != first.dtype or s.shape != first.shape for s in shards
+        ):
+            raise CheckpointError(
+                f"{self.path}: the shards of {first.name} differ in shape or type"
+            )
+        shape = [n * n_files if i == dim else n for i, n in enumerate(first.shape)]
+        return first._replace(
+            shape=shape, read=lambda: torch.cat([shard.read() for shard in shards], dim)
+        )
+
+    def check_copies(self, prefix: str):
+        """Raise CheckpointError if a tensor left out as a copy is none."""
+        names = self._own_names()[0]
+        for ours, (why, same) in self.copies.items():
+            if ours.startswith(prefix) and ours in names:
+                if not torch.equal(names[ours].read().float(), same().float()):
+                    raise CheckpointError(f"{self.path}: {names[ours].name} is not {why}")
 
     def sort_names(self) -> tuple[dict, dict, list]:
-        """Stored names, sorted: {our name: stored}, {stored but left out: why}, [unexpected]."""
-        names, omitted, unexpected = {}, {}, []
-        for stored in self.tensors:
-            ours = our_name(self.family, stored)
-            reasons = [why for pattern, why in OMITTED if re.match(pattern, stored)]
-            if reasons or ours in self.copies:
-                omitted[stored] = reasons[0] if reasons else self.copies[ours][0]
-            elif ours is None or ours in names:  # not in the table, or stored under two names
-                unexpected.append(stored)
-            else:
-                names[ours] = stored
+        """{our name: Stored}, {stored name: why it is left out}, [unexpected stored names]."""
+        names, omitted, unexpected = self._own_names()
+        if self.base:
+            base, _, more = self.base.sort_names()
+            names, unexpected = self._on_base(names, base), unexpected + more
+        if self.tower:
+            tower, _, more = self.tower.sort_names()
+            unexpected = unexpected + more
+            for ours in [ours for ours in names if ours.startswith("vision_tower.")]:
+                omitted[names.pop(ours).name] = f"replaced by the tower in {self.tower.path}"
+            names |= tower
+        for ours, (why, _) in self.copies.items():
+            if ours in names:
+                omitted[names.pop(ours).name] = why
         return names, omitted, unexpected
+
+    def _own_names(self) -> tuple[dict, dict, list]:
+        names, omitted, unexpected = {}, {}, []
+        reasons = layouts.OPENAI_OMITTED if self.family == "openai-clip" else layouts.OMITTED
+        for name, stored in self.tensors.items():
+            if why := [why for pattern, why in reasons if re.match(pattern, name)]:
+                omitted[name] = why[0]
+                continue
+            for ours, piece in self._pieces(name, stored):
+                if ours is None or ours in names:  # not in the table, or stored under two names
+                    unexpected.append(name)
+                else:
+                    names[ours] = piece
+        return names, omitted, unexpected
+
+    def _pieces(self, name: str, stored: Stored) -> list[tuple[str | None, Stored]]:
+        """What one stored tensor is here: one tensor, as a rule under another name."""
+        if self.base:  # peft puts these in front
+            name = re.sub(r"^base_model\.(model\.)?", "", name)
+        ours = translated(name, NAMES[self.family])
+        if ours and ".qkv_proj." in ours:
+            return list(zip((ours.replace("qkv", x) for x in "qkv"), thirds(stored), strict=True))
+        if self.family == "meta" and ours and re.search(r"\.[qk]_proj\.", ours):
+            config = self._meta_config()
+            stored = split_half(stored, config["n_heads" if ".q_proj." in ours else "n_kv_heads"])
+        return [(ours, stored)]
+
+    def _on_base(self, names: dict, base: dict) -> dict:
+        """A LoRA, a lone projector or a delta, put onto the base."""
+        loras = {ours.partition(".lora_")[0] + ".weight" for ours in names if ".lora_" in ours}
+        if loras:
+            scale = self._lora_scale()
+            plain = {ours: stored for ours, stored in names.items() if ".lora_" not in ours}
+            merged = {}
+            for ours in loras:
+                a, b = (names.get(ours.replace("weight", f"lora_{x}.weight")) for x in "AB")
+                if a is None or b is None or ours not in base:
+                    raise CheckpointError(f"{self.path}: the LoRA of {ours} lacks A, B or its base")
+                merged[ours] = lora_merged(base[ours], a, b, scale)
+            return base | merged | plain
+        if "language_model.embed_tokens.weight" not in names:
+            return base | names
+        return {
+            ours: added(stored, base[ours]) if ours in base else stored
+            for ours, stored in names.items()
+        }
+
+    def _lora_scale(self) -> float:
+        config = read_json(self.path / "adapter_config.json")
+        for key, value in layouts.LORA_ONLY.items():
+            if config.get(key, value) != value and config.get(key):
+                raise CheckpointError(f"{self.path}: {key} of the LoRA is {config[key]!r}")
+        r, alpha = config.get("r"), config.get("lora_alpha")
+        if not all(type(v) in (int, float) and v > 0 for v in (r, alpha)):
+            raise CheckpointError(f"{self.path}: the LoRA has r {r!r} and lora_alpha {alpha!r}")
+        return alpha / math.sqrt(r) if config.get("use_rslora") else alpha / r
+
+    @cached_property
+    def tower(self) -> "Checkpoint | None":
+        """The CLIP checkpoint that the tower comes from, if it is not in this one."""
+        name = self._vision_tower
+        if name is None and self.family == "llava":
+            if any(ours.startswith("vision_tower.") for ours in self._own_names()[0]):
+                return None
+            name = self.config.get("mm_vision_tower", self.config.get("vision_tower"))
+            if not isinstance(name, str):
+                raise CheckpointError(
+                    f"{self.path} names no mm_vision_tower: add --vision-tower DIR"
+                )
+        if name is None:
+            return None
+        try:
+            return Checkpoint(name)
+        except CheckpointError as error:
+            raise CheckpointError(f"the vision tower of {self.path}: {error}") from None
 
     @cached_property
     def copies(self) -> dict:
         """Tensors that say nothing new: {our name: (why, a function that gives the same)}."""
         found = {}
-        if self.family != "clip" and self.text_config()["tied_embeddings"]:
-            found["language_model.lm_head.weight"] = (
-                "tied: the embedding table again",
-                lambda: self.read(self.sort_names()[0]["language_model.embed_tokens.weight"]),
-            )
+        if "clip" not in self.family and self.text_config()["tied_embeddings"]:
+            if table := self._own_names()[0].get("language_model.embed_tokens.weight"):
+                why = "tied: the embedding table again"
+                found["language_model.lm_head.weight"] = why, table.read
         if self.family == "llava-hf" and self.llava_config()["projector"] == "linear":
             why, dim = "the identity: the layout has two layers", self.text_config()["dim"]
             found["projector.2.weight"] = why, lambda: torch.eye(dim)
@@ -299,28 +514,48 @@ class Checkpoint:
         return found
 
 
-def our_name(family: str, stored: str) -> str | None:
-    """What a stored tensor is called here, or None if its family has no such tensor."""
-    for pattern, ours in NAMES[family]:
-        if match := re.match(pattern.replace(".", r"\."), stored):
-            return ours + stored[match.end() :]
-    return None
-
-
-def stored_name(family: str, name: str) -> str:
-    """The same table from right to left: what our tensor is called in a file."""
-    for pattern, ours in NAMES[family]:
-        if name.startswith(ours):
-            return re.sub(r"\(([^|]*)\|[^)]*\)", r"\1", pattern) + name[len(ours) :]
-    raise CheckpointError(f"the {family} layout has no place for a tensor called {name!r}")
+def locate(path) -> Path:
+    """A path as it is, or the folder of a Hugging Face id such as llava-hf/llava-1.5-7b-hf."""
+    if Path(path).exists():
+        return Path(path)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) or ".." in str(path):
+        raise CheckpointError(f"there is no {path}; expected a folder of weights")
+    cache = os.environ.get("HF_HUB_CACHE") or Path(
+        os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface", "hub"
+    )
+    home = Path(cache, "models--" + str(path).replace("/", "--"))
+    main = home / "refs" / "main"
+    if main.is_file() and (home / "snapshots" / main.read_text().strip()).is_dir():
+        return home / "snapshots" / main.read_text().strip()
+    command = f"hf download {path} --local-dir {Path(path).name}"
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    except ImportError:
+        raise CheckpointError(
+            f"there is no folder {path}, nor is it in {cache}; get it with: "
+            f"pip install huggingface_hub && {command}"
+        ) from None
+    print(f"downloading {path} from huggingface.co", file=sys.stderr)
+    try:
+        return Path(snapshot_download(str(path), ignore_patterns=["*.msgpack", "*.h5", "*.ot"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"there is no folder {path}, and it could not be downloaded "
+            f"({type(error).__name__}); try: {command}"
+        ) from None
 
 
 def read_json(file: Path) -> dict:
     if not file.is_file():
         raise CheckpointError(f"{file.parent} has no {file.name}; is the download complete?")
+    if file.stat().st_size > layouts.MAX_JSON:
+        raise CheckpointError(
+            f"{file} has {file.stat().st_size:,} bytes; at most {layouts.MAX_JSON:,} are read"
+        )
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({error}); fetch it again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}; expected {{...}}")
@@ -355,20 +590,33 @@ def build(make, source: Checkpoint, part: str, dtype=None, device=None) -> torch
     with torch.device("meta"), NoInit():
         module = make()
     prefix = "" if part == "llava" else f"{part}."
+    names = match(module, source, prefix)
+    dtype = dtype or reduce(torch.promote_types, (stored.dtype for stored in names.values()))
+    state = {
+        ours.removeprefix(prefix): stored.read().to(device or "cpu", dtype, copy=True)
+        for ours, stored in watched(names, "reading")
+    }
+    module.load_state_dict(state, assign=True)
+    return module.eval()
+
+
+def match(module, source: Checkpoint, prefix: str) -> dict[str, Stored]:
+    """The stored tensors of a module by our names (with the prefix), or CheckpointError."""
     wanted = {prefix + name: list(t.shape) for name, t in module.state_dict().items()}
-    names, omitted, unexpected = source.sort_names()
+    names, _, unexpected = source.sort_names()
     names = {ours: stored for ours, stored in names.items() if ours.startswith(prefix)}
     missing = [
         f"{stored_name(source.family, ours)} {shape}"
         for ours, shape in wanted.items()
         if ours not in names
     ]
-    unexpected += [stored for ours, stored in names.items() if ours not in wanted]
+    unexpected += [stored.name for ours, stored in names.items() if ours not in wanted]
     misshapen = []
     for ours in wanted.keys() & names:
-        _, shape, kind = source.tensors[names[ours]]
-        if shape != wanted[ours] or kind not in DTYPES:
-            misshapen.append(f"{names[ours]} (expected {wanted[ours]}, got {kind} {shape})")
+        stored = names[ours]
+        if stored.shape != wanted[ours] or isinstance(stored.dtype, str):
+            found = f"got {stored.dtype} {stored.shape}".replace("torch.", "")
+            misshapen.append(f"{stored.name} (expected {wanted[ours]}, {found})")
     if missing or unexpected or misshapen:
         raise CheckpointError(
             f"{source.path} holds other tensors than its config.json describes; "
@@ -376,21 +624,22 @@ def build(make, source: Checkpoint, part: str, dtype=None, device=None) -> torch
             f"{len(unexpected)} unexpected: {listing(unexpected) or 'none'}; "
             f"{len(misshapen)} misshapen: {listing(sorted(misshapen)) or 'none'}"
         )
-    for stored in omitted:
-        ours = our_name(source.family, stored) or ""
-        if ours in source.copies and ours.startswith(prefix):
-            why, same = source.copies[ours]
-            if not torch.equal(source.read(stored).float(), same().float()):
-                raise CheckpointError(f"{source.path}: {stored} is not {why}")
-    dtype = dtype or reduce(
-        torch.promote_types, (DTYPES[source.tensors[stored].dtype] for stored in names.values())
-    )
-    state = {
-        ours.removeprefix(prefix): source.read(stored).to(device or "cpu", dtype, copy=True)
-        for ours, stored in names.items()
-    }
-    module.load_state_dict(state, assign=True)
-    return module.eval()
+    source.check_copies(prefix)
+    return names
+
+
+def watched(names: dict[str, Stored], doing: str):
+    """The items, with a line of progress for whoever waits for gigabytes."""
+    total = sum(stored.n_bytes for stored in names.values())
+    started, done, shown = time.time(), 0, total >= 1e9
+    for i, (ours, stored) in enumerate(names.items()):
+        yield ours, stored
+        done += stored.n_bytes
+        if shown and (i % 10 == 0 or i + 1 == len(names)):
+            rate = done / (time.time() - started)
+            end = "\n" if i + 1 == len(names) else ""
+            line = f"{doing} {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s"
+            print(f"\r{line}, {(total - done) / rate:.0f} s left ", end=end, file=sys.stderr)
 
 
 def save(
@@ -399,7 +648,7 @@ def save(
     """Write a folder that `Checkpoint` reads back bit for bit and that transformers loads.
 
     kind:           "vision_tower" | "language_model" | "llava"
-    state_dict:     any mapping of our names to tensors
+    state_dict:     any mapping of our names to tensors, or to Stored ones (read shard by shard)
     config:         dataclasses.asdict of the matching config
     tokenizer:      the path of its file, or several; copied
     dtype:          what to store; None: each tensor as it is
@@ -414,7 +663,7 @@ def save(
     shutil.rmtree(work, ignore_errors=True)  # of a killed run
     work.mkdir(parents=True)
     if kind == "llava" and config["projector"] == "linear":
-        bias = state_dict["projector.0.bias"]
+        bias = in_memory(state_dict["projector.0.bias"])
         identity = {"projector.2.weight": torch.eye(len(bias)).to(bias)}
         state_dict = {**state_dict, **identity, "projector.2.bias": torch.zeros_like(bias)}
     dtype = write_weights(work, kind, state_dict, dtype, shard_bytes)
@@ -441,80 +690,74 @@ def write_weights(folder: Path, kind: str, state_dict, dtype, shard_bytes: float
     prefix = "" if kind == "llava" else f"{kind}."
     shards, sizes = [{}], [0]
     for name, tensor in state_dict.items():
-        size = tensor.numel() * (dtype or tensor.dtype).itemsize
+        size = torch.Size(tensor.shape).numel() * (dtype or tensor.dtype).itemsize
         if shards[-1] and sizes[-1] + size > shard_bytes:
             shards.append({})
             sizes.append(0)
-        shards[-1][stored_name(KINDS[kind], prefix + name)] = tensor
+        shards[-1][stored_name(layouts.KINDS[kind], prefix + name)] = tensor
         sizes[-1] += size
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         many = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
         weight_map |= dict.fromkeys(shard, f"model{many}.safetensors")
         shard = {
-            name: tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+            name: in_memory(tensor).detach().to(device="cpu", dtype=dtype).contiguous()
             for name, tensor in shard.items()
         }
         save_file(shard, folder / f"model{many}.safetensors", metadata={"format": "pt"})
+        if len(shards) > 1:
+            print(f"wrote shard {i} of {len(shards)}", file=sys.stderr)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state_dict.values()))
 
 
-def hf_config(kind: str, config: dict, dtype: torch.dtype, image_token_id: int) -> dict:
-    """Our config in transformers' words, with every size spelled out; versions 4 and 5 read it."""
-    if kind == "vision_tower":
-        content = {"architectures": ["CLIPVisionModel"], **ONLY["vision"]}
-        content |= {key: config[ours] for key, (ours, _) in VISION.items()}
-    elif kind == "language_model":
-        content = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **ONLY["text"]}
-        content |= {key: config[ours] for key, (ours, _) in TEXT.items()}
+def in_memory(tensor) -> torch.Tensor:
+    return tensor.read() if isinstance(tensor, Stored) else tensor
+
+
+def convert(path, out, base=None, vision_tower=None, dtype=None):
+    """Write any checkpoint in the layout of transformers; tensors pass through one shard at a time.
+
+    dtype: None: each tensor as it is stored
+    """
+    from llama import LLaMA, LLaMAConfig  # a tool, at the end of the imports' one direction
+    from llava import LLaVA
+    from vit import ViT, ViTConfig
+
+    source = Checkpoint(path, base, vision_tower)
+    if Path(out).exists() and source.path.resolve() == Path(out).resolve():
+        raise CheckpointError(f"{out} is the checkpoint itself; give another folder")
+    if "clip" in source.family:
+        kind, model, config = "vision_tower", ViT, ViTConfig(**source.vision_config())
+    elif source.family in ("llama", "meta"):
+        kind, model, config = "language_model", LLaMA, LLaMAConfig(**source.text_config())
     else:
-        vision, text = config["vision"], config["text"]
-        acts = {kind: act for act, kind in PROJECTORS.items()}
-        if config["projector"] not in acts:
-            raise CheckpointError(f"llava-hf has no place for projector {config['projector']!r}")
-        n_patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        content = {
-            "architectures": ["LlavaForConditionalGeneration"],
-            "model_type": "llava",
-            "vision_config": hf_config("vision_tower", vision, dtype, 0),
-            "text_config": hf_config("language_model", text, dtype, 0),
-            "projector_hidden_act": acts[config["projector"]],
-            "vision_feature_layer": config["vision_layer"],
-            "vision_feature_select_strategy": "full" if config["keep_class"] else "default",
-            "image_seq_length": n_patches + config["keep_class"],
-            "image_token_index": image_token_id,
-            "tie_word_embeddings": text["tied_embeddings"],
-            **ONLY["llava"],
-            NOTES: {"image": config["image"], "template": config["template"]},
-        }
-    return content | {"torch_dtype": str(dtype).removeprefix("torch.")}
+        kind, model, config = "llava", LLaVA, LLaVA.read_config(source)
+    prefix = "" if kind == "llava" else f"{kind}."
+    with torch.device("meta"), NoInit():
+        names = match(model(config), source, prefix)
+    folders = ([source.base.path] if base else []) + [source.path]
+    files = {file.name: file for folder in folders for file in tokenizer.files(folder)}
+    state_dict = {ours.removeprefix(prefix): stored for ours, stored in names.items()}
+    token_id = source.config.get("image_token_index", 0)
+    save(out, kind, state_dict, asdict(config), list(files.values()), dtype, token_id)
 
 
-def hf_preprocessor(image: dict) -> dict:
-    """What transformers' image processor needs to know. It can only crop, where LLaVA-1.5 pads."""
-    size = image["image_size"]
-    return {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "resample": 3,  # bicubic
-        "image_mean": image["mean"],
-        "image_std": image["std"],
-    }
-
-
-def inspect(path):
-    """Print what a folder holds, and what of it is left out."""
-    source = Checkpoint(path)
-    parts = {"clip": source.vision_config, "llama": source.text_config}
+def inspect(path, base=None, vision_tower=None):
+    """Print what a checkpoint holds, and what of it is left out."""
+    source = Checkpoint(path, base, vision_tower)
+    show = source.llava_config
+    if "clip" in source.family:
+        show = source.vision_config
+    elif source.family in ("llama", "meta"):
+        show = source.text_config
     print(f"family      {source.family}")
-    for key, value in parts.get(source.family, source.llava_config)().items():
+    for key, value in show().items():
         print(f"{key:11} {value}")
-    for dtype, n in Counter(t.dtype for t in source.tensors.values()).items():
-        print(f"tensors     {n} of type {dtype}")
+    for dtype, n in Counter(str(t.dtype) for t in source.tensors.values()).items():
+        print(f"tensors     {n} of type {dtype.removeprefix('torch.')}")
     n_bytes = sum(file.stat().st_size for file in {t.file for t in source.tensors.values()})
     print(f"bytes       {n_bytes:,}")
     _, omitted, unexpected = source.sort_names()
@@ -526,14 +769,33 @@ def inspect(path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    command = commands.add_parser("inspect", help="print what a checkpoint folder holds")
-    command.add_argument("folder", help="a folder with config.json and *.safetensors")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    texts = {
+        "inspect": "print what a checkpoint holds",
+        "convert": "write it in the layout of transformers (llava-hf)",
+        "compare": "ours against transformers, layer by layer",
+    }
+    for name, text in texts.items():
+        command = commands.add_parser(name, help=text)
+        command.add_argument("folder", help="checkpoint: a folder, a CLIP file or a downloaded id")
+        if name == "convert":
+            command.add_argument("out", help="folder to write")
+            command.add_argument("--dtype", choices=layouts.STORED_AS, help="default: as stored")
+        command.add_argument("--model-base", help="what a delta, LoRA or lone projector belongs to")
+        command.add_argument("--vision-tower", help="CLIP checkpoint to use as the tower")
     args = parser.parse_args()
+    extra = args.model_base, args.vision_tower
     try:
-        inspect(args.folder)
-    except CheckpointError as error:
-        print(error, file=sys.stderr)
+        if args.command == "inspect":
+            inspect(args.folder, *extra)
+        elif args.command == "convert":
+            convert(args.folder, args.out, *extra, layouts.STORED_AS.get(args.dtype))
+        else:
+            from compare import compare
+
+            compare(args.folder, *extra)
+    except ValueError as error:
+        print(f"checkpoint.py: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -15,102 +15,94 @@ Read next: llava.py puts the pictures in; train.py takes the batches.
 """
 
 import json
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 import torch
 
 import image
+from templates import CONTROL, IMAGE_TAG, control_tokens, pieces, render, template_named
 
 IMAGE_TOKEN = -200  # stands in input_ids where a picture goes
 IGNORE = -100  # stands in labels where nothing is learned
-IMAGE_TAG = "<image>"
+MARKS = re.compile(rf"({IMAGE_TAG}|</?s>|<\|\w+\|>)")
 
 
-@dataclass(frozen=True)
-class Template:
-    """How turns become one string: `system USER: question ASSISTANT: answer</s>USER: ...`."""
-
-    system: str
-    human: str = "USER: "
-    gpt: str = " ASSISTANT:"
-    stop: str = "</s>"  # in token ids: the tokenizer's end-of-sequence
-
-
-CHAT = (
-    "A chat between a curious {who} and an artificial intelligence assistant. The assistant gives "
-    "helpful, detailed, and polite answers to the {who}'s questions. "
-)
-TEMPLATES = {
-    "v1": Template(CHAT.format(who="user")),  # Vicuna; training and every evaluation of v1.5
-    "llava_v1": Template(CHAT.format(who="human")),  # the original's command line and demo
-    "plain": None,  # stage 1: picture, caption, newline; the question is thrown away
-}
-
-
-def template_named(name: str) -> Template | None:
-    if name not in TEMPLATES:
-        raise ValueError(f"no template is called {name!r}: choose one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
-
-
-def render(turns, template: str) -> str:
-    """Write turns [(role, text)], role "human" | "gpt", as one prompt string.
-
-    After a human turn the string ends where the answer starts. `</s>` stands for end-of-sequence.
-    """
-    style = template_named(template)
-    if style is None:
-        return "".join(IMAGE_TAG if role == "human" else text + "\n" for role, text in turns)
-    prompt = style.system
-    for role, text in turns:
-        prompt += style.human + text + style.gpt if role == "human" else f" {text}{style.stop}"
-    return prompt
-
-
-def stop_of(template: str) -> str | None:
-    """The text that stands for end-of-sequence in a rendered prompt."""
-    style = template_named(template)
-    return style.stop if style else None
-
-
-def encode_prompt(text: str, tokenizer, bos: bool = True, stop: str | None = None) -> list[int]:
-    """Token ids of a text: IMAGE_TOKEN for each `<image>`, end-of-sequence for each `stop`.
+def encode_prompt(text: str, tokenizer, template: str | None = None) -> list[int]:
+    """Token ids of a text, with IMAGE_TOKEN for each `<image>`.
 
     Each piece between them is tokenised as a text of its own, as in the original, so with a
-    sentencepiece tokenizer the piece after a picture starts with a "▁" of its own. Without `stop`
+    sentencepiece tokenizer the piece after a picture starts with a "▁" of its own. Where a
+    `template` is named, its control tokens are tokens: right for a rendered prompt. Without it
     nothing in the text can end a turn, which is what a user's own words call for.
     """
-    ids = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
-    for i, turn in enumerate(text.split(stop) if stop else [text]):
-        ids += [tokenizer.eos_id] * (i > 0)
-        for j, piece in enumerate(turn.split(IMAGE_TAG)):
-            ids += [IMAGE_TOKEN] * (j > 0) + tokenizer.encode(piece)
-    return ids
+    tokens = control_tokens(template) if template else set()
+    found = [(piece, False, piece in tokens) for piece in CONTROL.split(text)]
+    return encode_pieces(found, tokenizer)[0]
+
+
+def encode_pieces(parts, tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids and labels of the `pieces` of a conversation; see `encode_turns`."""
+    ids = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
+    labels = [IGNORE] * len(ids)
+    run, run_labels = "", []  # text between two control tokens or pictures, and who says what
+
+    def finish_run():
+        nonlocal run, run_labels
+        if any(run_labels) and not all(run_labels):
+            new, starts = tokenizer.encode_with_starts(run)
+            learned = [run_labels[min(start, len(run) - 1)] for start in starts]
+        else:
+            new = tokenizer.encode(run)
+            learned = [any(run_labels)] * len(new)
+        ids.extend(new)
+        labels.extend(i if learn else IGNORE for i, learn in zip(new, learned, strict=True))
+        run, run_labels = "", []
+
+    for text, is_answer, is_template in parts:
+        for piece in MARKS.split(text):
+            if piece == IMAGE_TAG and not is_answer:
+                new = IMAGE_TOKEN
+            elif is_template and CONTROL.fullmatch(piece):
+                new = control_id(piece, tokenizer)
+                if new == tokenizer.bos_id and ids == [new] and not run:
+                    continue  # a template that writes its own begin-of-sequence
+            else:
+                run += piece
+                run_labels += [is_answer] * len(piece)
+                continue
+            finish_run()
+            ids.append(new)
+            labels.append(new if is_answer else IGNORE)
+    finish_run()
+    return ids, labels
+
+
+def stops(template: str, tokenizer) -> tuple[set[int], str | None]:
+    """What ends an answer: token ids, and a text if the template's end is no token ("###")."""
+    style = template_named(template)
+    ids = {tokenizer.eos_id} - {None}
+    if style is None:
+        return ids, None
+    if CONTROL.fullmatch(style.stop_token):
+        return ids | {control_id(style.stop_token, tokenizer)}, None
+    return ids, style.stop_token
+
+
+def control_id(token: str, tokenizer) -> int:
+    """The id of a control token; `<s>` and `</s>` are whatever begins and ends a sequence."""
+    name = {"<s>": "bos_id", "</s>": "eos_id"}.get(token)
+    own = getattr(tokenizer, name) if name else None
+    return tokenizer.token_id(token) if own is None else own
 
 
 def encode_turns(turns, tokenizer, template: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels of turns [(role, text)]; labels are IGNORE outside of the answers."""
-    style = template_named(template)
-    ids: list[int] = []
-    labels: list[int] = []
-    for i, (role, text) in enumerate(turns):
-        if role == "human":
-            if style is None:
-                text = IMAGE_TAG
-            else:
-                text = (style.system if i == 0 else "") + style.human + text + style.gpt
-            piece = encode_prompt(text, tokenizer, bos=i == 0)
-            labels += [IGNORE] * len(piece)
-        else:
-            # The answer is a text of its own: its leading space is the tokenizer's.
-            if style is None:
-                piece = tokenizer.encode(text + "\n")
-            else:
-                piece = [*tokenizer.encode(text), tokenizer.eos_id]
-            labels += piece
-        ids += piece
-    return ids, labels
+    """Token ids and labels of turns [(role, text)]; labels are IGNORE outside of the answers.
+
+    Text up to the next control token or picture is tokenised in one go, and a token belongs to the
+    answer if it starts in it: the space before an answer is part of its first word.
+    """
+    return encode_pieces(pieces(turns, template), tokenizer)
 
 
 def encode(conversations, tokenizer, template: str, max_length: int | None = None):
@@ -245,6 +237,9 @@ def main():
 
         def encode(self, text):
             return [ord(c) for c in text]
+
+        def encode_with_starts(self, text):
+            return self.encode(text), range(len(text))
 
     turns = [("human", "<image>\nWhat is this?"), ("gpt", "A cat.")]
     print(f"prompt: {render(turns[:1], 'v1')}")

@@ -21,6 +21,7 @@ import torch
 
 import data
 import image
+import templates
 from data import IMAGE_TAG, IMAGE_TOKEN
 from llama import KVCache
 from llava import LLaVA
@@ -30,6 +31,7 @@ TINY_KNOWS = (
     "tiny model: it knows 1 to 4 stickers of 48 kinds on coloured paper and nothing else, and errs "
     "about them (the README has its scores); --model takes a real one"
 )
+STOP_TOKENS = 8  # a stop text is looked for among this many tokens
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -51,7 +53,7 @@ def encode(model, prompt) -> list[int]:
     """A rendered prompt, or ids as they are, -> ids with IMAGE_TOKEN for each `<image>`."""
     if not isinstance(prompt, str):
         return list(prompt)
-    return data.encode_prompt(prompt, model.tokenizer, stop=data.stop_of(model.template))
+    return data.encode_prompt(prompt, model.tokenizer, model.template)
 
 
 @torch.inference_mode()
@@ -76,21 +78,28 @@ def stream(model, prompts, images, max_new_tokens, temperature=0.0, top_p=1.0, s
     pixels = [image.to_pixels(p, model.config.image) for pictures in images for p in pictures]
     mask = [torch.ones_like(row) for row in rows]
     ids, mask = (torch.nn.utils.rnn.pad_sequence(r, batch_first=True) for r in (rows, mask))
+    sizes = [p.size for pictures in images for p in pictures]
     embeds, _, mask = model.embed(
-        ids.to(device), pixels, attention_mask=mask.to(device), pad_left=True
+        ids.to(device), pixels, None, mask.to(device), sizes, pad_left=True
     )
     length, limit = embeds.shape[1], model.config.text.max_positions
     if length >= limit:
         raise ValueError(f"the prompt is {length} tokens long, the model's context is {limit}")
     steps = min(max_new_tokens, limit - length)
-    llama, eos = model.language_model, model.tokenizer.eos_id
+    llama, (stop_ids, stop_text) = model.language_model, data.stops(model.template, model.tokenizer)
+    stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
+    said: list[list[int]] = [[] for _ in rows]
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     cache = KVCache(llama.config, len(rows), length + steps, embeds.dtype, device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     hidden = llama.hidden(embeds=embeds, mask=mask, cache=cache)
     for step in range(steps):
         token = choose(llama.head(hidden[:, -1]), temperature, top_p, generator)  # (B)
-        ended = ended | (token == eos)
+        ended = ended | torch.isin(token, stop_ids)
+        if stop_text:  # the template of v0 ends answers with "###", which is no token
+            for i, t in enumerate(token.tolist()):
+                said[i] = [*said[i][-STOP_TOKENS:], t]
+                ended[i] |= stop_text in model.tokenizer.decode(said[i])
         if ended.all():
             return
         done = ended.tolist()
@@ -118,15 +127,16 @@ def answer(model, turns, pictures, args, out=None) -> dict:
     tokens = stream(
         model, [ids], [pictures], args.max_new_tokens, args.temperature, args.top_p, args.seed
     )
+    _, stop_text = data.stops(model.template, model.tokenizer)
     for (token,) in tokens:
         first = first or time.perf_counter()
         token_ids.append(token)
-        text = model.tokenizer.decode(token_ids).lstrip()
+        text = model.tokenizer.decode(token_ids).lstrip().rstrip(stop_text or "")
         if out and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits
             print(text[len(shown) :], end="", flush=True, file=out)
             shown = text
     ended = time.perf_counter()
-    text = model.tokenizer.decode(token_ids).strip()
+    text = model.tokenizer.decode(token_ids).strip().rstrip(stop_text or "")
     if out:
         print(file=out)
     return {
@@ -170,12 +180,14 @@ def load(args) -> LLaVA:
         print(TINY_KNOWS, file=sys.stderr)
     # On a CPU half precision is emulated or slow for most models: float32 unless asked otherwise.
     dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if device == "cpu" else None
-    model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device)
+    model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: expected tokenizer.model or tokenizer.json")
     if args.template:
-        data.template_named(args.template)
+        templates.template_named(args.template)
         model.template = args.template
+    if args.model is not None:
+        print(f"conversation template: {model.template} (--template)", file=sys.stderr)
     return model
 
 
@@ -186,9 +198,10 @@ def parser() -> argparse.ArgumentParser:
     add = flags.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="picture; may be repeated")
     add("--prompt", default="Describe the picture in detail.", help="the question")
-    add("--model", metavar="DIR", help="checkpoint folder; the tiny model if not given")
+    add("--model", metavar="DIR", help="checkpoint: a folder, or a Hugging Face id; else tiny")
+    add("--model-base", metavar="DIR", help="what a delta, LoRA or lone projector belongs to")
     add("--vision-tower", metavar="DIR", help="CLIP folder to use instead of the checkpoint's own")
-    add("--template", help=f"conversation template: {', '.join(data.TEMPLATES)}")
+    add("--template", help=f"conversation template: {', '.join(templates.TEMPLATES)}")
     add("--chat", action="store_true", help="keep asking; questions come from stdin")
     add("--json", action="store_true", help="print answer, token ids, prompt and timings as JSON")
     add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer")

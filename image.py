@@ -3,11 +3,13 @@
 CLIP (arXiv 2103.00020) scales the short side to S pixels with a bicubic filter, keeps the square
 in the middle and normalises each channel: "crop". What lies outside that square is lost, so
 LLaVA-1.5 (arXiv 2310.03744) first pads the picture to a square with CLIP's mean colour, which
-normalises to almost 0: "pad". The checkpoint's config says which one it was trained with; the
-other one runs without any error and answers worse.
+normalises to almost 0: "pad". LLaVA-1.6 also looks at it from close up, tile by tile: "anyres".
+The checkpoint's config says which one it was trained with; the others run without any error and
+answer worse.
 
-    crop   640x427 --resize--> 503x336 --middle--> 336x336 --normalise--> float32[1, 3, 336, 336]
-    pad    640x427 --square--> 640x640 --resize--> 336x336 --normalise--> float32[1, 3, 336, 336]
+    crop    640x427 --resize--> 503x336 --middle--> 336x336 --normalise--> float32[1, 3, 336, 336]
+    pad     640x427 --square--> 640x640 --resize--> 336x336 --normalise--> float32[1, 3, 336, 336]
+    anyres  640x427 --squash--> 336x336, and --fit into 672x672--> 4 tiles --> [5, 3, 336, 336]
 
 Every bit equals that of the Pillow-based processor in transformers. Only `load` differs: it refuses
 damaged and oversized files in one sentence, and 16-bit greys stay grey.
@@ -16,6 +18,7 @@ Read next: vit.py, which turns the pixels into features.
 """
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,14 +33,26 @@ from PIL import Image, ImageOps
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training pictures, red green blue, 0 to 1
 STD = (0.26862954, 0.26130258, 0.27577711)
-ASPECTS = ("crop", "pad")
+ASPECTS = ("crop", "pad", "anyres")
+GRIDS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))  # LLaVA-1.6's
 
 # Formats whose decoders run no other program and open no other file (EPS would start Ghostscript).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 # A few bytes can claim a picture that fills the memory. Decoded, a pixel takes four bytes.
 MAX_PIXELS = 64 * 2**20  # in a file: a 64-megapixel photo fits
+MAX_TILES = 64
 MAX_CANVAS = 4 * MAX_PIXELS  # in a padded or resized picture: a wide panorama, padded, fits
+
+
+def is_grids(grids, size: int) -> bool:
+    return (
+        isinstance(grids, list | tuple)
+        and len(grids) > 0
+        and all(isinstance(grid, list | tuple) and len(grid) == 2 for grid in grids)
+        and all(type(side) is int and side > 0 and side % size == 0 for g in grids for side in g)
+        and all(width * height <= MAX_TILES * size**2 for width, height in grids)
+    )
 
 
 class ImageError(ValueError):
@@ -49,18 +64,18 @@ class ImageConfig:
     """How a checkpoint wants its pixels; the defaults are LLaVA-1.5's."""
 
     image_size: int = 336  # pixels per side of the square the tower sees, S
-    aspect: str = "pad"  # "crop" keeps the centre, "pad" keeps everything
+    aspect: str = "pad"  # "crop" keeps the centre, "pad" everything, "anyres" adds tiles
     mean: tuple = MEAN
     std: tuple = STD
-    grid_pinpoints: tuple = ()  # (width, height) of the grids of aspect "anyres"
+    grid_pinpoints: tuple | None = None  # (width, height) in pixels, for "anyres"; None: GRIDS
 
     def __post_init__(self):
-        for name in ("mean", "std", "grid_pinpoints"):  # JSON has lists, a frozen config tuples
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.aspect == "anyres":
-            raise ValueError(
-                "aspect 'anyres' (LLaVA-1.6) is not in this version, only crop and pad"
-            )
+        for name in ("mean", "std"):  # JSON has lists, a frozen config tuples
+            value = getattr(self, name)
+            numbers = isinstance(value, list | tuple) and {type(v) for v in value} <= {int, float}
+            if not numbers:
+                raise ValueError(f"{name} {str(value)[:100]} is not three numbers")
+            object.__setattr__(self, name, tuple(value))
         if self.aspect not in ASPECTS:
             raise ValueError(f"aspect {self.aspect!r} is none of {', '.join(ASPECTS)}")
         if not isinstance(self.image_size, int) or self.image_size < 1:
@@ -69,6 +84,14 @@ class ImageConfig:
             raise ValueError(f"mean {self.mean} is not three numbers from 0 to 1 (R, G, B)")
         if len(self.std) != 3 or not all(s > 0 for s in self.std):
             raise ValueError(f"std {self.std} is not three positive numbers (R, G, B)")
+        grids = GRIDS if self.grid_pinpoints is None else self.grid_pinpoints
+        if self.aspect == "anyres" and not is_grids(grids, self.image_size):
+            raise ValueError(
+                f"grid_pinpoints {str(grids)[:100]} is not a list of [width, height], each a "
+                f"multiple of {self.image_size} pixels, of at most {MAX_TILES} tiles"
+            )
+        grids = tuple(map(tuple, grids)) if self.aspect == "anyres" else ()
+        object.__setattr__(self, "grid_pinpoints", grids)
 
     @property
     def fill(self) -> tuple[int, int, int]:
@@ -172,6 +195,47 @@ def normalise(picture: Image.Image, mean: tuple, std: tuple) -> np.ndarray:
     return pixels
 
 
+def choose_grid(size: tuple[int, int], grids) -> tuple[int, int]:
+    """The (width, height) among `grids` that keeps most of a picture's pixels, then wastes least.
+
+    A picture is never worth more than its own pixels, so small ones get small grids; of equal
+    grids the first is taken. (transformers reads the pairs as (height, width) and so differs here.)
+    """
+    width, height = size
+
+    def worth(grid):
+        scale = min(grid[0] / width, grid[1] / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        return kept, kept - grid[0] * grid[1]  # pixels of the picture, less pixels without any
+
+    return max(grids, key=worth)  # max returns the first of equals
+
+
+def fit_into(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale a picture to just fit into `size` and put it in the middle of black."""
+    (width, height), (w, h) = size, picture.size
+    if width / w < height / h:
+        new_size = width, min(math.ceil(h * (width / w)), height)
+    else:
+        new_size = min(math.ceil(w * (height / h)), width), height
+    canvas = Image.new("RGB", size)
+    place = (width - new_size[0]) // 2, (height - new_size[1]) // 2
+    canvas.paste(picture.resize(new_size, Image.Resampling.BICUBIC), place)
+    return canvas
+
+
+def to_tiles(picture: Image.Image, size: int, grids) -> list[Image.Image]:
+    """The whole picture squashed to a square, then its best grid's squares, row by row."""
+    canvas = fit_into(picture, choose_grid(picture.size, grids))
+    corners = [
+        (left, top)
+        for top in range(0, canvas.height, size)
+        for left in range(0, canvas.width, size)
+    ]
+    squashed = picture.resize((size, size), Image.Resampling.BICUBIC)
+    return [squashed, *(canvas.crop((x, y, x + size, y + size)) for x, y in corners)]
+
+
 def to_pixels(picture: Image.Image, config: ImageConfig) -> torch.Tensor:
     """RGB picture -> float32[n_tiles, 3, S, S]; there is one tile for "crop" and for "pad".
 
@@ -182,10 +246,15 @@ def to_pixels(picture: Image.Image, config: ImageConfig) -> torch.Tensor:
             f"expected an RGB picture, got mode {picture.mode}, {picture.width}x{picture.height}; "
             "open it with image.load"
         )
-    if config.aspect == "pad":
-        picture = expand_to_square(picture, config.fill)
-    picture = centre_crop(resize_short_side(picture, config.image_size), config.image_size)
-    return torch.from_numpy(normalise(picture, config.mean, config.std))[None]  # (1, 3, S, S)
+    size = config.image_size
+    if config.aspect == "anyres":
+        tiles = to_tiles(picture, size, config.grid_pinpoints)
+    else:
+        if config.aspect == "pad":
+            picture = expand_to_square(picture, config.fill)
+        tiles = [centre_crop(resize_short_side(picture, size), size)]
+    pixels = np.stack([normalise(tile, config.mean, config.std) for tile in tiles])
+    return torch.from_numpy(pixels)  # (n_tiles, 3, S, S)
 
 
 def _check_canvas(picture: Image.Image, size: tuple[int, int]):
@@ -211,14 +280,18 @@ def main():
     try:
         warn = partial(print, file=sys.stderr)
         picture = load(path, warn=warn) if path else sawtooth(640, 427)
-        print("        file  ->   square  ->  resized  ->  pixels (n_tiles, 3, S, S)")
+        print("          file  ->   canvas  ->  pixels (n_tiles, 3, S, S)")
         for aspect in ASPECTS:
             config = ImageConfig(aspect=aspect)
-            square = expand_to_square(picture, config.fill) if aspect == "pad" else picture
-            stages = (picture, square, resize_short_side(square, config.image_size))
-            sizes = "  ->  ".join(f"{f'{p.width}x{p.height}':>7}" for p in stages)
+            if aspect == "anyres":
+                canvas = fit_into(picture, choose_grid(picture.size, GRIDS))
+            elif aspect == "pad":
+                canvas = expand_to_square(picture, config.fill)
+            else:
+                canvas = resize_short_side(picture, config.image_size)
+            sizes = "  ->  ".join(f"{f'{p.width}x{p.height}':>7}" for p in (picture, canvas))
             pixels = to_pixels(picture, config)
-            print(f"{aspect:4} {sizes}  ->  {list(pixels.shape)}, mean {pixels.mean():.4f}")
+            print(f"{aspect:6} {sizes}  ->  {list(pixels.shape)}, mean {pixels.mean():.4f}")
     except ImageError as error:
         parser.exit(2, f"image.py: {error}\n")
 

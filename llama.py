@@ -13,6 +13,7 @@ padded batches and packed sequences all go through `visible_keys` below.
 Read next: llava.py, which puts pictures into the sequence.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,12 @@ class LLaMAConfig:
     head_dim: int = 0  # 0 means dim / n_heads
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: tuple = ()  # of LLaMA 3.1, see scale_frequencies
     max_positions: int = 4096
     tied_embeddings: bool = False  # the output head is the embedding table itself
 
     def __post_init__(self):
+        object.__setattr__(self, "rope_scaling", tuple(self.rope_scaling))  # JSON has lists
         if not self.head_dim:
             if self.dim % self.n_heads:
                 raise ValueError(f"dim {self.dim} is not a multiple of n_heads {self.n_heads}")
@@ -83,16 +86,31 @@ def visible_keys(mask, n_queries: int):
     return (queries == mask[:, None, :]).tril(mask.shape[1] - n_queries)  # (B, T, S)
 
 
-def rope_tables(positions, head_dim: int, theta: float, dtype):
+def rope_tables(positions, config: LLaMAConfig, dtype):
     """Cosines and sines of the angles position * theta^(-2i / Dh): int[B, T] -> 2 x [B, 1, T, Dh].
 
     Angles are computed in float32; both halves of a head carry the same angles.
     """
     # 1 / theta^e, not theta^-e: the last bit, times position 400, would move logits by 1e-4.
-    exponents = torch.arange(0, head_dim, 2, device=positions.device).float() / head_dim
-    angles = positions[..., None].float() * (1 / theta**exponents)  # (B, T, Dh/2)
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device).float()
+    frequencies = 1 / config.rope_theta ** (pairs / config.head_dim)  # (Dh/2)
+    if config.rope_scaling:
+        frequencies = scale_frequencies(frequencies, *config.rope_scaling)
+    angles = positions[..., None].float() * frequencies  # (B, T, Dh/2)
     angles = torch.cat([angles, angles], dim=-1)[:, None]  # (B, 1, T, Dh)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def scale_frequencies(frequencies, factor, low, high, old_positions):
+    """LLaMA 3.1's way to 131,072 positions, trained first on `old_positions` (8,192).
+
+    Pairs that turn more than `high` times within the old context tell neighbours apart and stay;
+    those that turn less than `low` times tell how far, and slow down by `factor`; between the two
+    it changes gradually.
+    """
+    turns = old_positions * frequencies / (2 * math.pi)
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * frequencies / factor + share * frequencies
 
 
 def apply_rope(x, cos, sin):
@@ -228,7 +246,7 @@ class LLaMA(nn.Module):
             visible = visible_keys(mask, T)  # (B, T, S)
             positions = visible.sum(-1) - 1  # (B, T)
             visible = visible[:, None]  # (B, 1, T, S)
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        rope = rope_tables(positions, self.config, x.dtype)
         for block in self.layers:
             x = block(x, rope, visible, cache)
         if cache is not None:

@@ -17,6 +17,7 @@ Dh head width, F MLP width, V vocabulary, I images.
 Read next: image.py and data.py make the inputs; train.py and generate.py use the model.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 import checkpoint
 import tokenizer
 from data import IGNORE, IMAGE_TOKEN
-from image import ImageConfig
+from image import ImageConfig, choose_grid
 from llama import LLaMA, LLaMAConfig
 from projector import build_projector
 from vit import ViT, ViTConfig
@@ -45,6 +46,11 @@ class LLaVAConfig:
     template: str = "v1"  # conversation template, see data.py
 
     def __post_init__(self):
+        if not -self.vision.n_layers - 1 <= self.vision_layer <= self.vision.n_layers:
+            raise ValueError(
+                f"vision_layer {self.vision_layer} does not exist: "
+                f"the tower has {self.vision.n_layers} blocks"
+            )
         if self.image.image_size != self.vision.image_size:
             raise ValueError(
                 f"pictures are prepared at {self.image.image_size} pixels, "
@@ -59,28 +65,28 @@ class LLaVA(nn.Module):
         self.vision_tower = ViT(config.vision)
         self.projector = build_projector(config.projector, config.vision.dim, config.text.dim)
         self.language_model = LLaMA(config.text)
+        if config.image.aspect == "anyres":
+            # Ends each row of tiles in the sequence, as a line break ends a line of text.
+            dim = config.text.dim
+            self.image_newline = nn.Parameter(torch.randn(dim) * dim**-0.5)
         self.tokenizer = None  # set by from_pretrained when the folder has one
         self.template = config.template
 
     @classmethod
-    def from_pretrained(cls, path, vision_tower=None, dtype=None, device=None) -> "LLaVA":
-        """Load a llava-hf folder (single-file or sharded, old or new tensor names).
+    def from_pretrained(cls, path, vision_tower=None, dtype=None, device=None, base=None):
+        """Load any official LLaVA, from a folder or by the Hugging Face id of a downloaded one.
 
-        `vision_tower`: a CLIP folder that replaces the tower in the checkpoint.
+        `vision_tower`: a CLIP checkpoint that replaces the tower of this one.
         `dtype`, `device`: default to the stored type and the CPU.
+        `base`: what a delta, a LoRA or a lone projector belongs to.
         Raises ValueError naming all tensors that are missing, unexpected or misshapen.
         """
-        source = checkpoint.Checkpoint(path)
+        source = checkpoint.Checkpoint(path, base, vision_tower)
         config = cls.read_config(source)
         model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device)
-        if vision_tower is not None:
-            model.vision_tower = ViT.from_pretrained(vision_tower, dtype, device)
-            if model.vision_tower.config != config.vision:
-                raise ValueError(
-                    f"the tower in {vision_tower} is {model.vision_tower.config}, "
-                    f"but {path} was trained with {config.vision}"
-                )
-        model.tokenizer = tokenizer.load(path) if tokenizer.find(path) else None
+        sources = (source.path, source.base.path) if base else (source.path,)
+        file = next(filter(None, map(tokenizer.find, sources)), None)
+        model.tokenizer = tokenizer.load(file) if file else None
         return model
 
     @staticmethod
@@ -93,23 +99,58 @@ class LLaVA(nn.Module):
             **parts,
         )
 
-    def encode_images(self, pixels):
+    def encode_images(self, pixels, image_sizes=None):
         """Pictures -> visual words: a list of float[n_tiles, 3, S, S] -> a list of float[n, D].
 
         All tiles go through the tower in one batch. While the tower is frozen it runs without
-        autograd; the projector always takes part.
+        autograd; the projector always takes part. Raises ValueError for a number of tiles that
+        does not fit the aspect, or the size of the picture.
         """
+        anyres = self.config.image.aspect == "anyres"
+        if anyres and (image_sizes is None or len(image_sizes) != len(pixels)):
+            raise ValueError("AnyRes needs image_sizes: the (width, height) of each picture")
         for i, tiles in enumerate(pixels):
-            if tiles.shape[0] != 1:
+            if not anyres and len(tiles) != 1:
                 raise ValueError(
-                    f"picture {i} has {tiles.shape[0]} tiles; this version handles one per picture"
+                    f"picture {i} has {len(tiles)} tiles; aspect {self.config.image.aspect!r} has 1"
                 )
         weight = self.projector[0].weight
-        tiles = torch.cat(list(pixels)).to(weight.device, weight.dtype)  # (I, 3, S, S)
+        tiles = torch.cat(list(pixels)).to(weight.device, weight.dtype)  # (tiles, 3, S, S)
         frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.no_grad() if frozen else torch.enable_grad():
             features = self.vision_tower(tiles, self.config.vision_layer, self.config.keep_class)
-        return list(self.projector(features))  # I x (N, D)
+        views = self.projector(features).split([len(tiles) for tiles in pixels])  # I x (n, N, D)
+        if not anyres:
+            return [features for (features,) in views]  # I x (N, D)
+        return [self.merge_tiles(*view) for view in zip(views, image_sizes, strict=True)]
+
+    def merge_tiles(self, views, image_size):
+        """AnyRes: views float[1 + tiles, N, D] of a picture of (width, height) -> float[n, D].
+
+        LLaVA-1.6 (the blog post of January 2024; there is no paper): first the features of the
+        whole picture, then those of its tiles laid side by side, read line by line across all
+        tiles. Lines that lie wholly in the black margin are left out, each other line ends in
+        `image_newline`:
+
+            a b | c d          the tiles of a 1 x 2 grid, 2 x 2 patches each
+            e f | g h    ->    whole picture, a b c d newline, e f g h newline
+        """
+        config = self.config.image
+        columns, rows = (
+            side // config.image_size for side in choose_grid(image_size, config.grid_pinpoints)
+        )
+        whole, *tiles = views
+        side = math.isqrt(len(whole))  # patches per side of a tile
+        if len(tiles) != rows * columns or side**2 != len(whole):
+            raise ValueError(
+                f"a picture of {image_size} has a grid of {columns}x{rows} tiles of squares of "
+                f"patches, got {len(tiles)} tiles of {len(whole)} features"
+            )
+        grid = torch.stack(tiles).view(rows, columns, side, side, -1)  # (rows, columns, P, P, D)
+        grid = grid.transpose(1, 2).reshape(rows * side, columns * side, -1)  # (height, width, D)
+        grid = without_margin(grid, image_size)
+        newline = self.image_newline.to(grid.dtype).expand(len(grid), 1, -1)
+        return torch.cat([whole, torch.cat([grid, newline], dim=1).flatten(0, 1)])  # (n, D)
 
     def forward(self, input_ids, pixels=(), image_sizes=None, labels=None, attention_mask=None):
         """Logits float[B, T', V] over the spliced sequence, rows padded on the right.
@@ -122,7 +163,7 @@ class LLaVA(nn.Module):
 
         Raises ValueError when the number of pictures differs from the number of IMAGE_TOKENs.
         """
-        embeds, _, mask = self.embed(input_ids, pixels, labels, attention_mask)
+        embeds, _, mask = self.embed(input_ids, pixels, labels, attention_mask, image_sizes)
         return self.language_model(embeds=embeds, mask=needed(mask))
 
     def loss(
@@ -140,7 +181,7 @@ class LLaVA(nn.Module):
         returned. Logits are computed at supervised places only: a picture's 576 features and the
         question never meet the vocabulary.
         """
-        embeds, labels, mask = self.embed(input_ids, pixels, labels, attention_mask)
+        embeds, labels, mask = self.embed(input_ids, pixels, labels, attention_mask, image_sizes)
         if self.training and not len(pixels):
             # Under FSDP every process has to touch every part, or the others wait for it.
             no_picture = embeds.new_zeros(1, self.config.vision.dim)
@@ -156,7 +197,15 @@ class LLaVA(nn.Module):
         logits = self.language_model.head(hidden[:, :-1][supervised])  # (supervised, V)
         return F.cross_entropy(logits.float(), target[supervised], reduction=reduction)
 
-    def embed(self, input_ids, pixels=(), labels=None, attention_mask=None, pad_left=False):
+    def embed(
+        self,
+        input_ids,
+        pixels=(),
+        labels=None,
+        attention_mask=None,
+        image_sizes=None,
+        pad_left=False,
+    ):
         """Everything before the decoder: embeds float[B, T', D], labels and mask int[B, T'].
 
         Rows are re-padded after splicing, on the right or (for generation) on the left.
@@ -171,7 +220,7 @@ class LLaVA(nn.Module):
                 f"the text has {is_image.sum()} <image> and {len(pixels)} pictures were given: "
                 "there must be one for each"
             )
-        features = iter(self.encode_images(pixels) if len(pixels) else ())
+        features = iter(self.encode_images(pixels, image_sizes) if len(pixels) else ())
         rows = []
         for ids, row_labels, row_mask in zip(input_ids, labels, attention_mask, strict=True):
             keep = row_mask != 0
@@ -201,6 +250,20 @@ class LLaVA(nn.Module):
         if features:
             embeds = embeds.masked_scatter(is_image[:, None], torch.cat(features).to(embeds.dtype))
         return embeds, labels.masked_fill(is_image, IGNORE), mask
+
+
+def without_margin(grid, image_size):
+    """Cut off what `image.fit_into` added: float[height, width, D] of patches -> the same, smaller.
+
+    The sums are the original's, roundings included, so a line of margin may stay.
+    """
+    width, height = image_size
+    grid_height, grid_width, _ = grid.shape
+    if width / height > grid_width / grid_height:
+        margin = (grid_height - int(height * (grid_width / width))) // 2
+        return grid[margin : grid_height - margin]
+    margin = (grid_width - int(width * (grid_height / height))) // 2
+    return grid[:, margin : grid_width - margin]
 
 
 def needed(mask):

@@ -24,7 +24,7 @@ def build_projector(kind: str, in_dim: int, out_dim: int) -> nn.Sequential:
     """
     if kind == "linear":
         depth = 1
-    elif match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind):
+    elif match := re.fullmatch(r"mlp([1-9]\d?)x_gelu", str(kind)):
         depth = int(match[1])
     else:
         raise ValueError(f"projector {kind!r} is neither 'linear' nor 'mlpNx_gelu' (N = 1, 2, ...)")

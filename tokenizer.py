@@ -44,6 +44,13 @@ def find(path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
+def files(path) -> list[Path]:
+    """All files in a folder that say something about its tokenizer, to be copied with it."""
+    names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    found = (Path(path) / name for name in (*names, "special_tokens_map.json"))
+    return [file for file in found if file.is_file()]
+
+
 def load(path) -> "SentencePiece | ByteBPE":
     """The tokenizer in a file or folder. Raises ValueError if there is none of a known format."""
     file = find(path) if Path(path).is_dir() else Path(path)
@@ -54,13 +61,37 @@ def load(path) -> "SentencePiece | ByteBPE":
         return read_json(content, file)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
         return read_tiktoken(content, file)
-    return SentencePiece(content, file)
+    return SentencePiece(content, file, added_tokens(file.parent))
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """{token: id} of tokens that a Hugging Face folder adds to its sentencepiece model."""
+    found = {}
+    for name, read in (
+        ("added_tokens.json", lambda content: content),
+        (
+            "tokenizer_config.json",
+            lambda content: {
+                token["content"]: int(i)
+                for i, token in content.get("added_tokens_decoder", {}).items()
+            },
+        ),
+    ):
+        if (folder / name).is_file():
+            try:
+                found |= read(json.loads((folder / name).read_bytes()))
+            except (ValueError, TypeError, AttributeError, KeyError):
+                raise ValueError(f"{folder / name} is broken; fetch it again") from None
+    if not all(type(i) is int and 0 <= i < 2**20 for i in found.values()):
+        raise ValueError(f"{folder} adds tokens without a proper id; fetch it again")
+    return found
 
 
 class SentencePiece:
     """LLaMA 1/2, Vicuna, Mistral, Yi. Each encoded text gets a leading space, as in training."""
 
-    def __init__(self, content: bytes, file):
+    def __init__(self, content: bytes, file, added: dict[str, int] | None = None):
+        """`added`: {token: id} that are no pieces of the model, such as Yi's <|im_start|>."""
         import sentencepiece
 
         self.model = sentencepiece.SentencePieceProcessor()
@@ -70,7 +101,9 @@ class SentencePiece:
             raise ValueError(
                 f"{file} is neither a sentencepiece model nor a tiktoken file nor JSON"
             ) from None
-        self.vocab_size = self.model.vocab_size()
+        n = self.model.vocab_size()
+        self.added = {token: i for token, i in (added or {}).items() if i >= n}
+        self.vocab_size = max([n - 1, *self.added.values()]) + 1
         ends = self.model.bos_id(), self.model.eos_id()  # -1: the model has none
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in ends)
 
@@ -78,13 +111,21 @@ class SentencePiece:
         """Text -> ids; see `frame` for `bos` and `eos`."""
         return frame(self, self.model.encode(text), bos, eos)
 
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Text -> ids, and for each the number of the character that it starts at."""
+        found = self.model.encode(text, return_type="offset_mapping")
+        return found["ids"], [start for start, _ in found["offsets"]]
+
     def decode(self, ids) -> str:
         """Ids -> text without control tokens. Raises ValueError for an id out of range."""
         check_range(self, ids)
-        return self.model.decode(list(ids))  # skips control tokens by itself
+        n = self.model.vocab_size()
+        return self.model.decode([i for i in ids if i < n])  # skips control tokens by itself
 
     def token_id(self, piece: str) -> int:
         """The id of one token, such as "</s>". Raises ValueError if there is none."""
+        if piece in self.added:
+            return self.added[piece]
         i = self.model.piece_to_id(piece)
         if self.model.id_to_piece(i) != piece:
             raise ValueError(f"the tokenizer has no token {piece!r}")
@@ -111,6 +152,17 @@ class ByteBPE:
         """Text -> ids; see `frame` for `bos` and `eos`."""
         ids = (self.ids[rank] for rank in self.merger.encode_ordinary(text))
         return frame(self, [i for i in ids if i is not None], bos, eos)
+
+    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+        """Text -> ids, and for each the number of the character that it starts in."""
+        character = [i for i, c in enumerate(text) for _ in c.encode()]  # of each byte
+        ids, starts, place = [], [], 0
+        for rank in self.merger.encode_ordinary(text):
+            if self.ids[rank] is not None:
+                ids.append(self.ids[rank])
+                starts.append(character[place])
+            place += len(self.merger.decode_single_token_bytes(rank))
+        return ids, starts
 
     def decode(self, ids) -> str:
         """Ids -> text without control tokens. Raises ValueError for an id out of range."""

@@ -142,7 +142,7 @@ def parse() -> tuple[int, bool, Recipe]:
 def build_model(recipe: Recipe) -> LLaVA:
     """A LLaVA folder as it is, or a LLaMA and a CLIP folder with a new projector between them."""
     source = checkpoint.Checkpoint(recipe.model)
-    if source.family != "llama":
+    if source.family not in ("llama", "meta"):
         return LLaVA.from_pretrained(recipe.model, recipe.vision_tower or None, torch.float32)
     if not recipe.vision_tower:
         raise ValueError(f"{recipe.model} is a language model only: add --vision-tower DIR")
@@ -152,7 +152,7 @@ def build_model(recipe: Recipe) -> LLaVA:
     config = LLaVAConfig(vit.config, llama.config, ImageConfig(size), recipe.projector)
     model = LLaVA(config)
     model.vision_tower, model.language_model = vit, llama
-    model.tokenizer = tokenizer.load(recipe.model)
+    model.tokenizer = tokenizer.load(source.path)
     return model
 
 
@@ -335,8 +335,11 @@ def train(stage: int, resume: bool, recipe: Recipe):
     weights = dcp.get_model_state_dict(model, options=replace(whole, ignore_frozen_params=False))
     if main_process:
         config = replace(model.config, image=image_config, template=recipe.template)
-        words = tokenizer.find(recipe.model)
-        checkpoint.save(out, "llava", weights, asdict(config), words, DTYPES[recipe.save_dtype])
+        source = checkpoint.Checkpoint(recipe.model)
+        words = tokenizer.files(source.path)
+        image_token = source.config.get("image_token_index", 0)
+        dtype = DTYPES[recipe.save_dtype]
+        checkpoint.save(out, "llava", weights, asdict(config), words, dtype, image_token)
         state_file.unlink(missing_ok=True)
         say(f"saved {out}")
     if parallel:

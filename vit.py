@@ -35,6 +35,8 @@ class ViTConfig:
     activation: str = "quick_gelu"  # or "gelu", the exact erf form
 
     def __post_init__(self):
+        if min(self.image_size, self.patch_size, self.dim, self.n_heads) < 1:
+            raise ValueError("image_size, patch_size, dim and n_heads are at least 1")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.patch_size}")
         if self.dim % self.n_heads:

@@ -48,7 +48,7 @@ def test_labels_are_the_answers_and_their_ends(words):
 
 def test_ids_turn_by_turn_equal_the_ids_of_the_rendered_string(words):
     turns = [("human", "<image>\nHow many cats?"), ("gpt", "two"), ("human", "Where?")]
-    whole = data.encode_prompt(data.render(turns, "v1"), words, stop="</s>")
+    whole = data.encode_prompt(data.render(turns, "v1"), words, "v1")
     assert data.encode_turns(turns, words, "v1")[0] == whole
 
 

@@ -393,10 +393,10 @@ def test_to_pixels_takes_rgb_only(mode, size):
     "fields, sentence",
     [
         (
-            {"aspect": "anyres"},
-            "aspect 'anyres' (LLaVA-1.6) is not in this version, only crop and pad",
+            {"aspect": "anyres", "grid_pinpoints": [[336, 700]]},
+            "grid_pinpoints [[336, 700]] is not a list of [width, height], each a multiple of 336",
         ),
-        ({"aspect": "squash"}, "aspect 'squash' is none of crop, pad"),
+        ({"aspect": "squash"}, "aspect 'squash' is none of crop, pad, anyres"),
         ({"image_size": 0}, "image_size 0 is not a positive whole number"),
         ({"image_size": 336.0}, "image_size 336.0 is not a positive whole number"),
         ({"mean": (0.5, 0.5)}, "mean (0.5, 0.5) is not three numbers from 0 to 1 (R, G, B)"),
@@ -434,13 +434,12 @@ def test_the_command_draws_its_own_picture_if_none_is_given():
 
 def test_the_command_prints_each_stage(monkeypatch, capsys):
     run(monkeypatch)
-    _, crop, pad = capsys.readouterr().out.splitlines()
-    assert crop.split() == (
-        "crop 640x427 -> 640x427 -> 503x336 -> [1, 3, 336, 336], mean 0.1872".split()
-    )
-    assert pad.split() == (
-        "pad 640x427 -> 640x640 -> 336x336 -> [1, 3, 336, 336], mean 0.1226".split()
-    )
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert [" ".join(row.split()) for row in rows] == [
+        "crop 640x427 -> 503x336 -> [1, 3, 336, 336], mean 0.1872",
+        "pad 640x427 -> 640x640 -> [1, 3, 336, 336], mean 0.1226",
+        "anyres 640x427 -> 672x672 -> [5, 3, 336, 336], mean -0.3068",
+    ]
 
 
 def test_the_command_warns_on_stderr_and_prints_on_stdout(monkeypatch, capsys, tmp_path):

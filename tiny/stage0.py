@@ -39,9 +39,10 @@ import world
 import checkpoint
 import image
 import tokenizer
-from data import IGNORE, TEMPLATES, batch_order, encode
+from data import IGNORE, batch_order, encode
 from image import ImageConfig
 from llama import LLaMA, LLaMAConfig
+from templates import TEMPLATES
 from vit import ViT, ViTConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -79,7 +80,7 @@ def train_tokenizer(out: Path):
         for i in range(20_000):
             for turn in written_conversation(TRAIN, i):
                 yield from turn["value"].split("\n")
-        yield from (TEMPLATES["v1"].system + "USER: ASSISTANT:",) * 200
+        yield from (TEMPLATES["v1"].first + "ASSISTANT:",) * 200
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -1,0 +1,161 @@
+"""Record what the original LLaVA code does, as tests/llava.json and tests/llava.npz.
+
+It wants an environment of its own (it imports under transformers 4.37.2 only):
+
+    python -m venv llava && . llava/bin/activate
+    pip install torch==2.13.0 numpy==1.26.4 pillow==13.0.0 transformers==4.37.2 \\
+        sentencepiece==0.2.3 accelerate==0.27.2 einops timm==0.9.16
+    pip install --no-deps llava-torch==1.2.2.post1
+    python tests/record_llava.py TOKENIZER      (mistral_common/data/tokenizer.model.v1)
+
+tests/test_original.py then holds our loader, pixels, merging, prompts and greedy answers to it.
+"""
+
+import argparse
+import json
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import original
+import torch
+from llava.conversation import conv_templates
+from llava.mm_utils import process_images, select_best_resolution, tokenizer_image_token
+from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
+from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from PIL import Image
+from transformers import AddedToken, CLIPImageProcessor, LlamaTokenizer
+
+SIZES = [(80, 60), (56, 56), (41, 97), (150, 50), (30, 20), (200, 170)]
+# Pictures are numbers of SIZES; -200 stands where they go.
+ROWS = [
+    ([1, 17, 200, -200, 5, 99, 31], [0]),
+    ([1, -200, 250, 13, 7, 7], [1]),
+    ([1, 40, 41, -200], [2]),
+    ([1, -200, 60, -200, 61, 62], [3, 4]),
+    ([1, 3, 4, 5, 6, 7, 8], []),
+    ([1, 77, -200, 78, 79], [5]),
+]
+SAWTOOTH = [(640, 427), (300, 500), (256, 256), (336, 336), (1024, 899), (1000, 100), (97, 1)]
+SAWTOOTH += [(35, 700), (671, 673), (1345, 333)]
+TALKS = [
+    ["<image>\nWhat is shown in this image?", None],
+    ["What is it?\n<image>", None],
+    ["<image>\nWhat is it?", "A cat.", "What colour is it?", None],
+    ["Left <image> or right <image>?", "Left.", "And <image>", "Neither.", "Why? Éé 🐶", None],
+    ["No picture at all.", None],
+    ["<image><image>\nTwo of them.", " Yes\nindeed ", "  spaces  ", None],
+]
+NAMES = "v0 v1 llava_v0 llava_v1 llama_2 llava_llama_2 mistral_instruct chatml_direct".split()
+
+
+def sawtooth(width, height):
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([7 * x + 3 * y, 2 * x + 5 * y, x + 11 * y], axis=-1) % 256
+    return Image.fromarray(waves.astype(np.uint8))
+
+
+def load(kind: str, folder: Path):
+    mistral = kind.endswith("mistral")
+    config = (LlavaMistralConfig if mistral else LlavaConfig).from_pretrained(folder)
+    make = LlavaMistralForCausalLM if mistral else LlavaLlamaForCausalLM
+    model = make.from_pretrained(folder, config=config, torch_dtype=torch.float32)
+    if not model.get_vision_tower().is_loaded:
+        model.get_vision_tower().load_model()
+    return model.eval()
+
+
+@torch.inference_mode()
+def record_model(kind: str, folder: Path) -> tuple[list[dict], dict]:
+    model = load(kind, original.write(kind, folder))
+    processor = model.get_vision_tower().image_processor
+    rows, arrays = [], {}
+    for i, (ids, numbers) in enumerate(ROWS):
+        pictures = [sawtooth(*SIZES[n]) for n in numbers]
+        pixels = process_images(pictures, processor, model.config) if pictures else None
+        sizes = [picture.size for picture in pictures] or None
+        inputs = torch.tensor([ids])
+        args = dict(images=pixels, image_sizes=sizes)
+        if pictures:
+            prepared = model.prepare_inputs_labels_for_multimodal(
+                inputs, None, None, None, None, pixels, sizes
+            )
+            logits = model(inputs_embeds=prepared[4]).logits[0]
+        else:
+            logits = model(inputs).logits[0]
+        tokens = model.generate(inputs, do_sample=False, max_new_tokens=12, **args)[0].tolist()
+        arrays[f"{kind}-{i}"] = logits[:, ::10].float().numpy()
+        tokens = tokens[len(ids) :] if not pictures else tokens[1:]  # <s> stands for the embeddings
+        rows.append({"ids": ids, "sizes": sizes or [], "length": len(logits), "tokens": tokens})
+    return rows, arrays
+
+
+def record_pixels() -> list[dict]:
+    class Config:
+        image_grid_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+    processor, found = CLIPImageProcessor.from_dict({"size": {"shortest_edge": 336}}), []
+    processor = CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336)
+    for size in SAWTOOTH:
+        for aspect in ("crop", "pad", "anyres"):
+            if aspect == "crop" and max(size) > 10 * min(size):
+                continue
+            Config.image_aspect_ratio = aspect
+            (pixels,) = process_images([sawtooth(*size)], processor, Config)
+            pixels = pixels if pixels.ndim == 4 else pixels[None]
+            row = {"size": size, "aspect": aspect, "shape": list(pixels.shape)}
+            found.append(row | {"crc32": zlib.crc32(pixels.numpy().tobytes())})
+    return found
+
+
+def record_grids() -> list[list[int]]:
+    """Sizes and the grid chosen, among them many near the ties."""
+    grids = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    random = np.random.RandomState(0)
+    sizes = random.randint(1, 1500, (400, 2)).tolist()
+    sizes += [[w, h] for w in range(330, 343) for h in range(330, 343)]
+    return [[*size, *select_best_resolution(size, grids)] for size in sizes]
+
+
+def record_prompts(tokenizer_file: str) -> list[dict]:
+    tokenizer = LlamaTokenizer(tokenizer_file, legacy=True)
+    plain = len(tokenizer)
+    marks = [AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>")]
+    found = []
+    for name in NAMES:
+        if name == "chatml_direct":
+            tokenizer.add_tokens(marks, special_tokens=True)
+            assert len(tokenizer) == plain + 2
+        for talk in TALKS:
+            conversation = conv_templates[name].copy()
+            for i, text in enumerate(talk):
+                conversation.append_message(conversation.roles[i % 2], text)
+            prompt = conversation.get_prompt()
+            ids = tokenizer_image_token(prompt, tokenizer)
+            found.append({"template": name, "turns": talk[:-1], "prompt": prompt, "ids": ids})
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("tokenizer", help="a sentencepiece model of 32,000 pieces")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    here, models, arrays = Path(__file__).parent, {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in original.KINDS:
+            models[kind], logits = record_model(kind, Path(folder))
+            arrays |= logits
+    record = {
+        "models": models,
+        "pixels": record_pixels(),
+        "grids": record_grids(),
+        "prompts": record_prompts(args.tokenizer),
+    }
+    (here / "llava.json").write_text(json.dumps(record, ensure_ascii=False) + "\n")
+    np.savez_compressed(here / "llava.npz", **arrays)
+
+
+if __name__ == "__main__":
+    main()
