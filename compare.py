@@ -7,6 +7,7 @@ first row whose difference is more than rounding names the culprit. Layouts that
 not read are converted into a temporary folder first. Needs transformers (requirements-test.txt).
 """
 
+import argparse
 import re
 import sys
 import tempfile
@@ -123,3 +124,20 @@ def compare(path, base=None, vision_tower=None):
             largest = others[row].abs().max().item()
             difference = (value.reshape(-1) - others[row].reshape(-1)).abs().max().item()
             print(f"{row:16}{largest:10.4g}{difference:12.2e}{difference / largest:10.2e}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", nargs="?", help="checkpoint; see checkpoint.py compare --help")
+    folder = parser.parse_args().folder
+    if folder is None:
+        print("python compare.py DIR   the same as: python checkpoint.py compare DIR")
+        return
+    try:
+        compare(folder)
+    except ValueError as error:
+        parser.exit(2, f"compare.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -229,3 +229,24 @@ def hf_preprocessor(image: dict) -> dict:
         content["image_processor_type"] = "LlavaNextImageProcessor"
         content["image_grid_pinpoints"] = image["grid_pinpoints"]
     return content
+
+
+def main():
+    """Print what each layout calls a few of our tensors."""
+    names = (
+        "vision_tower.layers.0.mlp.fc1.weight",
+        "projector.0.weight",
+        "language_model.layers.0.self_attn.q_proj.weight",
+    )
+    for name in names:
+        print(name)
+        for family, table in NAMES.items():
+            if any(name.startswith(ours.partition("*")[0]) for _, ours in table):
+                print(f"    {family:12} {stored_name(family, name)}")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    main()

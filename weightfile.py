@@ -12,6 +12,7 @@ A file is only believed as far as its size goes: whoever claims more bytes than 
 shared ones, gets a CheckpointError, as does anything damaged. Read next: checkpoint.py.
 """
 
+import argparse
 import pickle
 import struct
 import zipfile
@@ -313,3 +314,23 @@ def entry_offset(file: Path, entry: zipfile.ZipInfo) -> int:
     if len(header) < 30 or not header.startswith(b"PK\3\4"):
         raise damaged(file, "a broken zip")
     return entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+
+
+def main():
+    """List the tensors of a file."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, help="safetensors, .bin, .pth or .pt")
+    file = parser.parse_args().file
+    if file is None:
+        print("python weightfile.py FILE   lists names, types and shapes of its tensors")
+        return
+    try:
+        for name, stored in open_weights(file).items():
+            dtype = str(stored.dtype).removeprefix("torch.")
+            print(f"{name:60} {dtype:10} {stored.shape}")
+    except (CheckpointError, OSError) as error:
+        parser.exit(2, f"weightfile.py: {error}\n")
+
+
+if __name__ == "__main__":
+    main()
