@@ -134,3 +134,26 @@ def test_prompts_and_their_ids_are_the_originals(words, row):
     assert render(turns, row["template"]) == row["prompt"]
     ids, _ = data.encode_turns(turns, words, row["template"])
     assert ids == row["ids"]
+
+
+def test_the_ids_of_llama_3_are_those_of_llava_next():
+    """Recorded from LLaVA-NeXT's template and Meta's tokenizer; there is one begin-of-text."""
+    llama_models = pytest.importorskip("llama_models")
+    words = tokenizer.load(Path(llama_models.__file__).parent / "llama3" / "tokenizer.model")
+    turns = [("human", "<image>\nWhat is shown in this image?")]
+    ids, labels = data.encode_turns(turns, words, "llava_llama_3")
+    system = [
+        *(2675, 527, 264, 11190, 4221, 323, 11376, 18328, 13, 1472, 527, 3025, 311, 3619, 279),
+        *(9302, 2262, 430, 279, 1217, 5825, 11, 323, 7945, 279, 1217, 449, 264, 8205, 315),
+        *(9256, 1701, 5933, 4221, 13),
+    ]
+    question = [-200, 198, 3923, 374, 6982, 304, 420, 2217, 30]
+    assert ids == [
+        *(128000, 128006, 9125, 128007, 271, *system, 128009),
+        *(128006, 882, 128007, 271, *question, 128009),
+        *(128006, 78191, 128007, 271),
+    ]
+    assert set(labels) == {data.IGNORE}
+    answered, labels = data.encode_turns([*turns, ("gpt", "A cat.")], words, "llava_llama_3")
+    learned = [label for label in labels if label != data.IGNORE]
+    assert learned == [*words.encode("A cat."), 128009]
