@@ -631,13 +631,15 @@ def match(module, source: Checkpoint, prefix: str) -> dict[str, Stored]:
 def watched(names: dict[str, Stored], doing: str):
     """The items, with a line of progress for whoever waits for gigabytes."""
     total = sum(stored.n_bytes for stored in names.values())
-    started, done, shown = time.time(), 0, total >= 1e9
-    for i, (ours, stored) in enumerate(names.items()):
+    started = shown = time.time()
+    done = 0
+    for ours, stored in names.items():
         yield ours, stored
         done += stored.n_bytes
-        if shown and (i % 10 == 0 or i + 1 == len(names)):
-            rate = done / (time.time() - started)
-            end = "\n" if i + 1 == len(names) else ""
+        if total >= 1e9 and (time.time() - shown > 1 or done == total):
+            shown = time.time()
+            rate = done / (shown - started)
+            end = "\n" if done == total else ""
             line = f"{doing} {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s"
             print(f"\r{line}, {(total - done) / rate:.0f} s left ", end=end, file=sys.stderr)
 

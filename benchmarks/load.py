@@ -9,6 +9,7 @@ table and writes benchmarks/load.json.
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -53,7 +54,7 @@ def random_tensors() -> dict[str, Stored]:
 
     def reader(shape):
         n = torch.Size(shape).numel()
-        return lambda: block.repeat(n // len(block) + 1)[:n].view(shape)
+        return lambda: block.repeat(math.ceil(n / len(block)))[:n].view(shape)
 
     return {
         name: Stored(Path(), name, shape, torch.bfloat16, reader(shape))
