@@ -87,7 +87,7 @@ def write_original(folder: Path, tensors: dict[str, Stored]):
 
 def memory(key: str) -> float:
     """GB of this process: VmHWM (largest resident set) or VmRSS (now)."""
-    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1e-6
+    return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024e-9
 
 
 def load(folder: str):
