@@ -116,7 +116,7 @@ def main():
         print(f"{row}: {time.time() - started:.0f} s", file=sys.stderr)
     print(table(results))
     if args.out:
-        rounded = {r: {k: round(v, 4) for k, v in f.items()} for r, f in results.items()}
+        rounded = {r: {k: round(v, 3) for k, v in f.items()} for r, f in results.items()}
         args.out.write_text(
             json.dumps({"pictures": args.pictures, "rows": rounded}, indent=1) + "\n"
         )
