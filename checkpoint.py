@@ -88,11 +88,16 @@ class Checkpoint:
         if self.base and self.family != "llava":
             raise CheckpointError(f"{path} is a {self.family} model, which takes no base")
 
+    @property
+    def part(self) -> str:
+        """What it holds: "vision_tower" | "language_model" | "llava"."""
+        return layouts.PARTS.get(self.family, "llava")
+
     # What the config says, in our words. What is not implemented raises CheckpointError.
 
     def vision_config(self) -> dict:
         """The fields of ViTConfig."""
-        if self.family in ("llama", "meta"):
+        if self.part == "language_model":
             raise CheckpointError(f"{self.path} is a language model: it has no vision tower")
         own = None
         if self.family in ("clip", "llava-hf"):
@@ -137,7 +142,7 @@ class Checkpoint:
 
     def text_config(self) -> dict:
         """The fields of LLaMAConfig."""
-        if self.family in ("clip", "openai-clip"):
+        if self.part == "vision_tower":
             raise CheckpointError(f"{self.path} is a CLIP model: it has no language model")
         if self.family == "meta":
             return self._meta_config()
@@ -183,7 +188,7 @@ class Checkpoint:
         the original layout mean what the original code takes them to mean.
         """
         config, notes = self.config, self._notes()
-        if self.family not in ("llava", "llava-hf"):
+        if self.part != "llava":
             raise CheckpointError(f"{self.path} holds a {self.family} model, not a whole LLaVA")
         vision, text = self.vision_config(), self.text_config()
         kind, default = config.get("model_type"), "v1"
@@ -334,7 +339,7 @@ class Checkpoint:
                 return [self._inside(self.path / name)]
             if (self.path / f"{name}.index.json").is_file():
                 return self._indexed(self.path / f"{name}.index.json")
-        extra = [self.path / name for names in layouts.EXTRAS for name in names]
+        extra = [self.path / name for name in layouts.EXTRAS]
         extra = [self._inside(file) for file in extra if file.is_file()]
         if extra and not self.base:
             raise CheckpointError(
@@ -503,7 +508,7 @@ class Checkpoint:
     def copies(self) -> dict:
         """Tensors that say nothing new: {our name: (why, a function that gives the same)}."""
         found = {}
-        if "clip" not in self.family and self.text_config()["tied_embeddings"]:
+        if self.part != "vision_tower" and self.text_config()["tied_embeddings"]:
             if table := self._own_names()[0].get("language_model.embed_tokens.weight"):
                 why = "tied: the embedding table again"
                 found["language_model.lm_head.weight"] = why, table.read
@@ -587,21 +592,20 @@ def build(make, source: Checkpoint, part: str, dtype=None, device=None) -> torch
     Each tensor is copied once, to where it stays: memory peaks at the model and one tensor more.
     Raises CheckpointError naming the missing, unexpected and misshapen tensors together.
     """
-    with torch.device("meta"), NoInit():
-        module = make()
-    prefix = "" if part == "llava" else f"{part}."
-    names = match(module, source, prefix)
+    module, names = match(make, source, part)
     dtype = dtype or reduce(torch.promote_types, (stored.dtype for stored in names.values()))
     state = {
-        ours.removeprefix(prefix): stored.read().to(device or "cpu", dtype, copy=True)
-        for ours, stored in watched(names, "reading")
+        ours: stored.read().to(device or "cpu", dtype, copy=True) for ours, stored in watched(names)
     }
     module.load_state_dict(state, assign=True)
     return module.eval()
 
 
-def match(module, source: Checkpoint, prefix: str) -> dict[str, Stored]:
-    """The stored tensors of a module by our names (with the prefix), or CheckpointError."""
+def match(make, source: Checkpoint, part: str) -> tuple[torch.nn.Module, dict[str, Stored]]:
+    """The module on the meta device and its stored tensors by its own names; see `build`."""
+    with torch.device("meta"), NoInit():
+        module = make()
+    prefix = "" if part == "llava" else f"{part}."
     wanted = {prefix + name: list(t.shape) for name, t in module.state_dict().items()}
     names, _, unexpected = source.sort_names()
     names = {ours: stored for ours, stored in names.items() if ours.startswith(prefix)}
@@ -625,10 +629,10 @@ def match(module, source: Checkpoint, prefix: str) -> dict[str, Stored]:
             f"{len(misshapen)} misshapen: {listing(sorted(misshapen)) or 'none'}"
         )
     source.check_copies(prefix)
-    return names
+    return module, {ours.removeprefix(prefix): stored for ours, stored in names.items()}
 
 
-def watched(names: dict[str, Stored], doing: str):
+def watched(names: dict[str, Stored]):
     """The items, with a line of progress for whoever waits for gigabytes."""
     total = sum(stored.n_bytes for stored in names.values())
     started = shown = time.time()
@@ -640,7 +644,7 @@ def watched(names: dict[str, Stored], doing: str):
             shown = time.time()
             rate = done / (shown - started)
             end = "\n" if done == total else ""
-            line = f"{doing} {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s"
+            line = f"reading {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s"
             print(f"\r{line}, {(total - done) / rate:.0f} s left ", end=end, file=sys.stderr)
 
 
@@ -731,32 +735,25 @@ def convert(path, out, base=None, vision_tower=None, dtype=None):
     source = Checkpoint(path, base, vision_tower)
     if Path(out).exists() and source.path.resolve() == Path(out).resolve():
         raise CheckpointError(f"{out} is the checkpoint itself; give another folder")
-    if "clip" in source.family:
-        kind, model, config = "vision_tower", ViT, ViTConfig(**source.vision_config())
-    elif source.family in ("llama", "meta"):
-        kind, model, config = "language_model", LLaMA, LLaMAConfig(**source.text_config())
+    if source.part == "vision_tower":
+        model, config = ViT, ViTConfig(**source.vision_config())
+    elif source.part == "language_model":
+        model, config = LLaMA, LLaMAConfig(**source.text_config())
     else:
-        kind, model, config = "llava", LLaVA, LLaVA.read_config(source)
-    prefix = "" if kind == "llava" else f"{kind}."
-    with torch.device("meta"), NoInit():
-        names = match(model(config), source, prefix)
+        model, config = LLaVA, LLaVA.read_config(source)
+    _, names = match(lambda: model(config), source, source.part)
     folders = ([source.base.path] if base else []) + [source.path]
     files = {file.name: file for folder in folders for file in tokenizer.files(folder)}
-    state_dict = {ours.removeprefix(prefix): stored for ours, stored in names.items()}
     token_id = source.config.get("image_token_index", 0)
-    save(out, kind, state_dict, asdict(config), list(files.values()), dtype, token_id)
+    save(out, source.part, names, asdict(config), list(files.values()), dtype, token_id)
 
 
 def inspect(path, base=None, vision_tower=None):
     """Print what a checkpoint holds, and what of it is left out."""
     source = Checkpoint(path, base, vision_tower)
-    show = source.llava_config
-    if "clip" in source.family:
-        show = source.vision_config
-    elif source.family in ("llama", "meta"):
-        show = source.text_config
+    show = {"vision_tower": source.vision_config, "language_model": source.text_config}
     print(f"family      {source.family}")
-    for key, value in show().items():
+    for key, value in show.get(source.part, source.llava_config)().items():
         print(f"{key:11} {value}")
     for dtype, n in Counter(str(t.dtype) for t in source.tensors.values()).items():
         print(f"tensors     {n} of type {dtype.removeprefix('torch.')}")

@@ -112,11 +112,7 @@ def compare(path, base=None, vision_tower=None):
         if not direct:
             print(f"converting into {folder}", file=sys.stderr)
             checkpoint.convert(path, folder, base, vision_tower)
-        run = run_llava
-        if "clip" in source.family:
-            run = run_vit
-        elif source.family in ("llama", "meta"):
-            run = run_llama
+        run = {"vision_tower": run_vit, "language_model": run_llama}.get(source.part, run_llava)
         mine, others = run(str(source.path) if direct else folder)
     print(f"{'':16}{'largest':>10}{'difference':>12}{'relative':>10}")
     for row, value in mine.items():

@@ -21,11 +21,11 @@ from pathlib import Path
 import torch
 
 import image
-from templates import CONTROL, IMAGE_TAG, control_tokens, pieces, render, template_named
+from templates import CONTROL, IMAGE_TAG, TOKENS, control_tokens, pieces, render, template_named
 
 IMAGE_TOKEN = -200  # stands in input_ids where a picture goes
 IGNORE = -100  # stands in labels where nothing is learned
-MARKS = re.compile(rf"({IMAGE_TAG}|</?s>|<\|\w+\|>)")
+MARKS = re.compile(f"({IMAGE_TAG}|{TOKENS})")
 
 
 def encode_prompt(text: str, tokenizer, template: str | None = None) -> list[int]:

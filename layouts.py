@@ -144,14 +144,14 @@ MAX_JSON = 2**26  # bytes
 LIMITS = {"n_layers": 1000, "max_positions": 2**24}
 LIMIT = 2**20  # of any other size
 # Files that add to a base: a LoRA, what was trained beside it, a projector alone.
-EXTRAS = (
-    ("adapter_model.safetensors", "adapter_model.bin"),
-    ("non_lora_trainables.bin",),
-    ("mm_projector.bin",),
-)
+EXTRAS = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+EXTRAS += ("mm_projector.bin",)
 LORA_ONLY = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "peft_type": "LORA"}
 LORA_ONLY |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
 STORED_AS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Which part of a LLaVA a family holds; those that are not here hold the whole.
+PARTS = {"clip": "vision_tower", "openai-clip": "vision_tower"}
+PARTS |= {"llama": "language_model", "meta": "language_model"}
 KINDS = {"vision_tower": "clip", "language_model": "llama", "llava": "llava-hf"}
 
 

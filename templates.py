@@ -14,7 +14,8 @@ import re
 from dataclasses import astuple, dataclass
 
 IMAGE_TAG = "<image>"
-CONTROL = re.compile(r"(</?s>|<\|\w+\|>)")  # what is one token where a template says it
+TOKENS = r"</?s>|<\|\w+\|>"  # what is one token where a template says it
+CONTROL = re.compile(f"({TOKENS})")
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ def parse() -> tuple[int, bool, Recipe]:
 def build_model(recipe: Recipe) -> LLaVA:
     """A LLaVA folder as it is, or a LLaMA and a CLIP folder with a new projector between them."""
     source = checkpoint.Checkpoint(recipe.model)
-    if source.family not in ("llama", "meta"):
+    if source.part != "language_model":
         return LLaVA.from_pretrained(recipe.model, recipe.vision_tower or None, torch.float32)
     if not recipe.vision_tower:
         raise ValueError(f"{recipe.model} is a language model only: add --vision-tower DIR")

@@ -166,7 +166,7 @@ def drill(random, words, in_full: bool) -> tuple[list[int], list[int]]:
         if counting:
             noun = talk.pick(random, (*world.FAMILIES, *kinds))
             question = f"How many {talk.plural(noun)} are there?"
-            answer = str(sum(noun in (s.kind, s.family) for s in stickers))
+            answer = str(talk.number_of(noun, scene))
         elif in_full and random.randint(2):
             question, answer = talk.SHORT[about](scene, random)
         else:
@@ -428,12 +428,15 @@ def probe(vit, n_train: int = 4000, n_test: int = 1000) -> dict[str, float]:
         return torch.stack(features), *torch.tensor(labels).T
 
     vit.eval()
-    x, *labels = at_stickers(PROBE, n_train)
-    fresh, *fresh_labels, small = at_stickers(TEST, n_test)
+    x, kinds, places, _ = at_stickers(PROBE, n_train)
+    fresh, fresh_kinds, fresh_places, small = at_stickers(TEST, n_test)
     mean, std = x.mean(0), x.std(0)
     right = {}
-    for name, y, target in zip(("kind", "place"), labels, fresh_labels, strict=False):
-        linear = nn.Linear(VIT.dim, 48 if name == "kind" else 9)
+    for name, n, y, target in (
+        ("kind", len(world.KINDS), kinds, fresh_kinds),
+        ("place", len(world.PLACES), places, fresh_places),
+    ):
+        linear = nn.Linear(VIT.dim, n)
         optimizer = torch.optim.AdamW(linear.parameters(), lr=0.02, weight_decay=0.02)
         for _ in range(400):
             optimizer.zero_grad()
