@@ -1,21 +1,13 @@
 """Weights on disk: every official layout <-> the names used here, strict both ways.
 
-A checkpoint is a folder (or one file of OpenAI's CLIP). What lies in it tells the family, never
-what it is called:
+A checkpoint is a folder of one of the families of `configs.Config`, or a file ViT-L-14.pt of
+OpenAI's CLIP ("openai-clip"). What lies in it tells the family, never what it is called. Up to
+LLaVA-1.5 the tower of the original layout is a checkpoint of its own; with a base, a folder of it
+may be a delta, a LoRA or a projector alone.
 
-    clip          CLIPVisionModel, or the vision half of CLIPModel        holds a vision_tower
-    openai-clip   ViT-L-14.pt and the like, or its plain state dict       holds a vision_tower
-    llama         LlamaForCausalLM, MistralForCausalLM (Vicuna, Yi, ...)  holds a language_model
-    meta          consolidated.*.pth and params.json                      holds a language_model
-    llava-hf      LlavaForConditionalGeneration, LlavaNext...             holds both and a projector
-    llava         liuhaotian/llava-...: v1, v1.5, v1.6. Up to v1.5 the tower is a checkpoint of its
-                  own; with a base, these may be a delta, a LoRA or a projector alone
-
-layouts.py has the whole translation as tables; `save` reads them from right to left. What a config
-asks for and this code does not do is refused: loaded anyway, it would only give other numbers.
-
-No model file is imported; `build` is told how to make the module. weightfile.py opens the files.
-Read next: `from_pretrained` in vit.py, llama.py and llava.py, a few lines each.
+layouts.py translates the names, configs.py the configs; `save` reads their tables from right to
+left. No model file is imported; `build` is told how to make the module. weightfile.py opens the
+files. Read next: `from_pretrained` in vit.py, llama.py and llava.py, a few lines each.
 """
 
 import argparse
@@ -37,7 +29,8 @@ from torch.overrides import TorchFunctionMode
 
 import layouts
 import tokenizer
-from layouts import NAMES, hf_config, hf_preprocessor, stored_name, translated
+from configs import STORED_AS, Config, hf_config, hf_preprocessor, read_json, vision_from_shapes
+from layouts import NAMES, stored_name, translated
 from weightfile import (
     CheckpointError,
     Stored,
@@ -61,30 +54,13 @@ class Checkpoint:
         self.path = locate(path)
         self.base = Checkpoint(base) if base else None
         self._vision_tower = vision_tower
-        self.family, self.config = None, {}
         if self.path.is_file():
-            self.family = "openai-clip"
+            self.family, self.config = "openai-clip", None
             if "visual.conv1.weight" not in self.tensors:
                 raise CheckpointError(f"{path} is no CLIP of OpenAI's; other models are folders")
-            return
-        if (self.path / "params.json").is_file():
-            self.family, self.config = "meta", read_json(self.path / "params.json")
-            return
-        self.config = read_json(self.path / "config.json")
-        kind = self.config.get("model_type")
-        parts = {"text_config", "vision_config"}
-        sections = {key for key, value in self.config.items() if isinstance(value, dict)}
-        if kind == "clip_vision_model" or kind == "clip" and "vision_config" in sections:
-            self.family = "clip"
-        elif kind in ("llama", "mistral"):
-            self.family = "llama"
-        elif kind in ("llava", "llava_next") and parts <= sections:
-            self.family = "llava-hf"
-        elif kind in ("llava", "llava_llama", "llava_mistral") and not parts & self.config.keys():
-            self.family = "llava"
         else:
-            known = "clip, clip_vision_model, llama, mistral, llava, llava_next, llava_llama"
-            raise self._refusal("model_type", kind, f"{known} or llava_mistral")
+            self.config = Config(self.path)
+            self.family = self.config.family
         if self.base and self.family != "llava":
             raise CheckpointError(f"{path} is a {self.family} model, which takes no base")
 
@@ -93,19 +69,18 @@ class Checkpoint:
         """What it holds: "vision_tower" | "language_model" | "llava"."""
         return layouts.PARTS.get(self.family, "llava")
 
-    # What the config says, in our words. What is not implemented raises CheckpointError.
+    # The fields of the config classes. What is not implemented raises CheckpointError.
 
     def vision_config(self) -> dict:
         """The fields of ViTConfig."""
         if self.part == "language_model":
             raise CheckpointError(f"{self.path} is a language model: it has no vision tower")
-        own = None
-        if self.family in ("clip", "llava-hf"):
-            section = self.config.get("vision_config", self.config)
-            self._check(section, "vision")
-            own = self._translate(section, layouts.VISION)
+        own = self.config.vision() if self.config else None
         if self.tower is None:
-            return own or self._vision_sizes()
+            if own:
+                return own
+            shapes = {ours: stored.shape for ours, stored in self._own_names()[0].items()}
+            return vision_from_shapes(shapes, self.path)
         given = self.tower.vision_config()
         if own not in (None, given):
             raise CheckpointError(
@@ -113,198 +88,19 @@ class Checkpoint:
             )
         return given
 
-    def _vision_sizes(self) -> dict:
-        """The same from the shapes alone; heads are 64 wide in every CLIP of OpenAI's."""
-        shapes = {ours: stored.shape for ours, stored in self._own_names()[0].items()}
-        name = "vision_tower.embeddings.patch_embedding.weight"
-        dim, _, patch, _ = self._shape(shapes, name, 4)
-        positions, _ = self._shape(shapes, "vision_tower.embeddings.position_embedding.weight", 2)
-        layers = {n.split(".")[2] for n in shapes if n.startswith("vision_tower.layers.")}
-        mlp_dim, _ = self._shape(shapes, "vision_tower.layers.0.mlp.fc1.weight", 2)
-        return {
-            "image_size": math.isqrt(max(0, positions - 1)) * patch,
-            "patch_size": patch,
-            "dim": dim,
-            "mlp_dim": mlp_dim,
-            "n_layers": len(layers),
-            "n_heads": max(1, dim // 64),
-            "norm_eps": 1e-5,
-            "activation": "quick_gelu",
-        }
-
-    def _shape(self, shapes: dict, name: str, n_dims: int) -> list[int]:
-        shape = shapes.get(name, [])
-        if len(shape) != n_dims or not all(0 < n <= layouts.LIMIT for n in shape):
-            raise CheckpointError(
-                f"{self.path}: expected a {n_dims}-d {name}, got {shape or 'none'}"
-            )
-        return shape
-
     def text_config(self) -> dict:
         """The fields of LLaMAConfig."""
         if self.part == "vision_tower":
             raise CheckpointError(f"{self.path} is a CLIP model: it has no language model")
         if self.family == "meta":
-            return self._meta_config()
-        section = self.config.get("text_config", self.config)
-        section = self._choose(section, "model_type", layouts.DECODERS, "llama") | section
-        self._check(section, "text")
-        rope = self._rope(section)
-        section["rope_theta"] = rope.get("rope_theta", section.get("rope_theta"))
-        # transformers 4 looks for this key in text_config, 5 beside it as well.
-        tied = section.get("tie_word_embeddings") or self.config.get("tie_word_embeddings")
-        fields = self._translate(section | {"tie_word_embeddings": tied}, layouts.TEXT)
-        fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
-        fields["rope_scaling"] = self._rope_scaling(rope)
-        window = section.get("sliding_window")
-        if window is not None:
-            if type(window) is not int or window < 1:
-                raise self._refusal("sliding_window", window, "null or a number above 0")
-            # Here each token sees all before it. Up to the window's length that is the same.
-            fields["max_positions"] = min(fields["max_positions"], window)
-        return fields
-
-    def _meta_config(self) -> dict:
-        """params.json has few sizes; the others are in the shapes."""
-        shapes = {stored.name: stored.shape for stored in self.tensors.values()}
-        vocab_size, _ = self._shape(shapes, "tok_embeddings.weight", 2)
-        mlp_dim, _ = self._shape(shapes, "layers.0.feed_forward.w1.weight", 2)
-        config = self.config | {"vocab_size": vocab_size, "mlp_dim": mlp_dim}
-        fields = self._translate(config, layouts.META)
-        fields["n_kv_heads"] = fields["n_kv_heads"] or fields["n_heads"]
-        # The file does not say for how many positions: LLaMA 1, 2 and 3 differ in these.
-        old = fields["norm_eps"] < 1e-5
-        fields["max_positions"] = 2048 if old else 4096 if fields["rope_theta"] == 1e4 else 8192
-        fields["tied_embeddings"] = False  # Meta stores the table twice
-        if self.config.get("use_scaled_rope"):
-            fields |= {"rope_scaling": layouts.LLAMA31, "max_positions": 131072}
-        return fields
+            return self.config.meta({name: stored.shape for name, stored in self.tensors.items()})
+        return self.config.text()
 
     def llava_config(self) -> dict:
-        """The fields of LLaVAConfig, with those of its parts as dictionaries inside.
-
-        The llava-hf layout has no words for padding and for conversation templates. They are
-        LLaVA-1.5's own, "pad" and "v1", unless `save` left a note in config.json. Absent keys of
-        the original layout mean what the original code takes them to mean.
-        """
-        config, notes = self.config, self._notes()
+        """The fields of LLaVAConfig, with those of its parts as dictionaries inside."""
         if self.part != "llava":
             raise CheckpointError(f"{self.path} holds a {self.family} model, not a whole LLaVA")
-        vision, text = self.vision_config(), self.text_config()
-        kind, default = config.get("model_type"), "v1"
-        if self.family == "llava":
-            layer_key, class_key = "mm_vision_select_layer", "mm_vision_select_feature"
-            aspect = config.get("image_aspect_ratio")
-            aspect = aspect if aspect in ("pad", "anyres") else "crop"
-            projector = config.get("mm_projector_type", "linear")
-            if config.get("mm_use_im_start_end"):
-                raise self._refusal("mm_use_im_start_end", True, False)
-            if aspect == "anyres":
-                self._only("mm_patch_merge_type", "spatial_unpad", "flat")
-            strategy = "patch"
-        else:
-            self._check(config, "llava")
-            layer_key, class_key = "vision_feature_layer", "vision_feature_select_strategy"
-            aspect = "anyres" if kind == "llava_next" else "pad"
-            projector = self._choose(config, "projector_hidden_act", layouts.PROJECTORS, "gelu")
-            if aspect == "anyres":
-                self._only("use_image_newline_parameter", True, True)
-            strategy = "default"
-        mistral = "mistral" in (kind, config.get("text_config", {}).get("model_type"))
-        if kind == "llava_mistral" or mistral and aspect == "anyres":
-            default = "mistral_instruct"
-        elif text["vocab_size"] // 1000 == 64:  # Yi: 64,000 tokens, or 64,064 with padding
-            default = "chatml_direct"
-        elif text["vocab_size"] // 1000 == 128:  # LLaMA 3: 128,256 or 128,320
-            default = "llava_llama_3"
-        image = {"image_size": vision["image_size"], "aspect": aspect}
-        if aspect == "anyres":
-            # transformers calls these pairs (height, width). The numbers are the original's, where
-            # they are (width, height), and read as such they give the original's choice of grid.
-            image["grid_pinpoints"] = config.get("image_grid_pinpoints")
-        layer = config.get(layer_key, -2)
-        if type(layer) is not int:
-            raise self._refusal(layer_key, layer, "a single number")
-        return {
-            "vision": vision,
-            "text": text,
-            "image": image | notes.get("image", {}),
-            "projector": projector,
-            "vision_layer": layer,
-            "keep_class": self._choose(config, class_key, layouts.KEEP_CLASS, strategy),
-            "template": notes.get("template", default),
-        }
-
-    def _notes(self) -> dict:
-        """What `save` wrote down for itself."""
-        notes = self.config.get(layouts.NOTES, {})
-        fields = {"image_size", "aspect", "mean", "std", "grid_pinpoints"}
-        image = notes.get("image", {}) if isinstance(notes, dict) else None
-        proper = isinstance(image, dict) and image.keys() <= fields
-        if not proper or not isinstance(notes.get("template", ""), str):
-            raise self._refusal(layouts.NOTES, notes, "{image: {...}, template: ...}")
-        return notes
-
-    def _only(self, key: str, value, default):
-        if self.config.get(key, default) != value:
-            raise self._refusal(key, self.config.get(key, default), value)
-
-    def _check(self, section: dict, part: str):
-        for key, value in layouts.ONLY[part].items():
-            if section.get(key) not in (None, value):
-                raise self._refusal(key, section[key], value)
-
-    def _choose(self, section: dict, key: str, table: dict, default: str):
-        value = section.get(key, default)
-        if value not in list(table):
-            raise self._refusal(key, value, " or ".join(table))
-        return table[value]
-
-    def _rope(self, section: dict) -> dict:
-        # transformers 4 has rope_theta and rope_scaling; 5 puts both into rope_parameters.
-        sources = [section.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
-        if not all(isinstance(source, dict) for source in sources):
-            raise self._refusal("rope_scaling", sources, "{...}")
-        rope = sources[0] | sources[1]
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise self._refusal("rope_type of RoPE", kind, "default or llama3")
-        if rope.get("partial_rotary_factor", 1) != 1:
-            value = rope["partial_rotary_factor"]
-            raise self._refusal("partial_rotary_factor of RoPE", value, 1)
-        return rope | {"rope_type": kind}
-
-    def _rope_scaling(self, rope: dict) -> tuple:
-        if rope["rope_type"] == "default":
-            return ()
-        values = tuple(rope.get(key) for key in layouts.ROPE_SCALING)
-        if not all(type(v) in (int, float) and 0 < v < 2**24 for v in values):
-            raise self._refusal(
-                "rope_scaling", rope, f"with {', '.join(layouts.ROPE_SCALING)} above 0"
-            )
-        return tuple(map(float, values))
-
-    def _translate(self, section: dict, table: dict) -> dict:
-        fields = {}
-        for key, (ours, default) in table.items():
-            value, kind = section.get(key), type(default)
-            if value is None:
-                value = default
-            elif type(value) not in (kind, int if kind is float else kind):
-                raise self._refusal(key, value, f"a value of type {kind.__name__}")
-            elif kind in (int, float) and not value > 0:
-                raise self._refusal(key, value, "a number above 0")
-            elif kind is int and value > layouts.LIMITS.get(ours, layouts.LIMIT):
-                raise self._refusal(
-                    key, value, f"a number up to {layouts.LIMITS.get(ours, layouts.LIMIT):,}"
-                )
-            fields[ours] = kind(value)
-        return fields
-
-    def _refusal(self, key: str, value, expected) -> CheckpointError:
-        file = self.path / ("params.json" if self.family == "meta" else "config.json")
-        value = repr(value) if len(repr(value)) < 200 else repr(value)[:200] + "..."
-        return CheckpointError(f"{file}: {key} is {value}; only {expected!s} is implemented")
+        return self.config.llava(self.vision_config(), self.text_config())
 
     # What the weight files hold.
 
@@ -451,7 +247,7 @@ class Checkpoint:
         if ours and ".qkv_proj." in ours:
             return list(zip((ours.replace("qkv", x) for x in "qkv"), thirds(stored), strict=True))
         if self.family == "meta" and ours and re.search(r"\.[qk]_proj\.", ours):
-            config = self._meta_config()
+            config = self.text_config()
             stored = split_half(stored, config["n_heads" if ".q_proj." in ours else "n_kv_heads"])
         return [(ours, stored)]
 
@@ -551,22 +347,6 @@ def locate(path) -> Path:
         ) from None
 
 
-def read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise CheckpointError(f"{file.parent} has no {file.name}; is the download complete?")
-    if file.stat().st_size > layouts.MAX_JSON:
-        raise CheckpointError(
-            f"{file} has {file.stat().st_size:,} bytes; at most {layouts.MAX_JSON:,} are read"
-        )
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not JSON ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file} holds a {type(content).__name__}; expected {{...}}")
-    return content
-
-
 def listing(names: list[str], limit: int = 7) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -649,7 +429,7 @@ def watched(names: dict[str, Stored]):
 
 
 def save(
-    path, kind, state_dict, config, tokenizer=None, dtype=None, image_token_id=0, shard_bytes=5e9
+    path, kind, state_dict, config, tokenizer=None, dtype=None, token_ids=None, shard_bytes=5e9
 ):
     """Write a folder that `Checkpoint` reads back bit for bit and that transformers loads.
 
@@ -658,8 +438,9 @@ def save(
     config:         dataclasses.asdict of the matching config
     tokenizer:      the path of its file, or several; copied
     dtype:          what to store; None: each tensor as it is
-    image_token_id: transformers puts a picture where this id stands, so it should be one that no
-                    text contains; 0 is <unk> in LLaMA's vocabulary. (Here it is always -200.)
+    token_ids:      what only transformers reads, see `Config.token_ids`. It puts a picture where
+                    image_token_index stands, which no text should contain; without one, that is
+                    0, LLaMA's <unk>. (Here it is always -200.)
     shard_bytes:    more than this is split into several files with an index
 
     All files are written in the subfolder .saving first, then moved, config.json last: a killed
@@ -673,7 +454,7 @@ def save(
         identity = {"projector.2.weight": torch.eye(len(bias)).to(bias)}
         state_dict = {**state_dict, **identity, "projector.2.bias": torch.zeros_like(bias)}
     dtype = write_weights(work, kind, state_dict, dtype, shard_bytes)
-    contents = {"config.json": hf_config(kind, config, dtype, image_token_id)}
+    contents = {"config.json": hf_config(kind, config, dtype, token_ids or {})}
     if kind == "llava":
         contents["preprocessor_config.json"] = hf_preprocessor(config["image"])
     for name, content in contents.items():
@@ -744,8 +525,8 @@ def convert(path, out, base=None, vision_tower=None, dtype=None):
     _, names = match(lambda: model(config), source, source.part)
     folders = ([source.base.path] if base else []) + [source.path]
     files = {file.name: file for folder in folders for file in tokenizer.files(folder)}
-    token_id = source.config.get("image_token_index", 0)
-    save(out, source.part, names, asdict(config), list(files.values()), dtype, token_id)
+    ids = source.config.token_ids() if source.config else {}
+    save(out, source.part, names, asdict(config), list(files.values()), dtype, ids)
 
 
 def inspect(path, base=None, vision_tower=None):
@@ -779,7 +560,7 @@ def main():
         command.add_argument("folder", help="checkpoint: a folder, a CLIP file or a downloaded id")
         if name == "convert":
             command.add_argument("out", help="folder to write")
-            command.add_argument("--dtype", choices=layouts.STORED_AS, help="default: as stored")
+            command.add_argument("--dtype", choices=STORED_AS, help="default: as stored")
         command.add_argument("--model-base", help="what a delta, LoRA or lone projector belongs to")
         command.add_argument("--vision-tower", help="CLIP checkpoint to use as the tower")
     args = parser.parse_args()
@@ -788,7 +569,7 @@ def main():
         if args.command == "inspect":
             inspect(args.folder, *extra)
         elif args.command == "convert":
-            convert(args.folder, args.out, *extra, layouts.STORED_AS.get(args.dtype))
+            convert(args.folder, args.out, *extra, STORED_AS.get(args.dtype))
         else:
             from compare import compare
 

@@ -45,16 +45,15 @@ def encode_pieces(parts, tokenizer) -> tuple[list[int], list[int]]:
     """Token ids and labels of the `pieces` of a conversation; see `encode_turns`."""
     ids = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
     labels = [IGNORE] * len(ids)
+    picture = [tokenizer.token_id(token) for token in tokenizer.image_frame]
+    picture.insert(1, IMAGE_TOKEN)
     run, run_labels = "", []  # text between two control tokens or pictures, and who says what
+    after_control = False
 
     def finish_run():
         nonlocal run, run_labels
-        if any(run_labels) and not all(run_labels):
-            new, starts = tokenizer.encode_with_starts(run)
-            learned = [run_labels[min(start, len(run) - 1)] for start in starts]
-        else:
-            new = tokenizer.encode(run)
-            learned = [any(run_labels)] * len(new)
+        new, starts = tokenizer.encode_with_starts(run, after_control)
+        learned = [run_labels[min(start, len(run) - 1)] for start in starts]
         ids.extend(new)
         labels.extend(i if learn else IGNORE for i, learn in zip(new, learned, strict=True))
         run, run_labels = "", []
@@ -62,18 +61,19 @@ def encode_pieces(parts, tokenizer) -> tuple[list[int], list[int]]:
     for text, is_answer, is_template in parts:
         for piece in MARKS.split(text):
             if piece == IMAGE_TAG and not is_answer:
-                new = IMAGE_TOKEN
+                new = picture
             elif is_template and CONTROL.fullmatch(piece):
-                new = control_id(piece, tokenizer)
-                if new == tokenizer.bos_id and ids == [new] and not run:
+                new = [control_id(piece, tokenizer)]
+                if new == [tokenizer.bos_id] and ids == new and not run:
                     continue  # a template that writes its own begin-of-sequence
             else:
                 run += piece
                 run_labels += [is_answer] * len(piece)
                 continue
             finish_run()
-            ids.append(new)
-            labels.append(new if is_answer else IGNORE)
+            ids += new
+            labels += new if is_answer else [IGNORE] * len(new)
+            after_control = new != [IMAGE_TOKEN]  # what follows a picture is a text of its own
     finish_run()
     return ids, labels
 
@@ -233,13 +233,10 @@ def main():
     """Show what the model reads and what it learns for one small conversation."""
 
     class Letters:  # a tokenizer of 128 characters, so that no file is needed
-        bos_id, eos_id = 1, 2
+        bos_id, eos_id, image_frame = 1, 2, ()
 
-        def encode(self, text):
-            return [ord(c) for c in text]
-
-        def encode_with_starts(self, text):
-            return self.encode(text), range(len(text))
+        def encode_with_starts(self, text, control):
+            return [ord(c) for c in text], range(len(text))
 
     turns = [("human", "<image>\nWhat is this?"), ("gpt", "A cat.")]
     print(f"prompt: {render(turns[:1], 'v1')}")

@@ -87,6 +87,7 @@ def stream(model, prompts, images, max_new_tokens, temperature=0.0, top_p=1.0, s
         raise ValueError(f"the prompt is {length} tokens long, the model's context is {limit}")
     steps = min(max_new_tokens, limit - length)
     llama, (stop_ids, stop_text) = model.language_model, data.stops(model.template, model.tokenizer)
+    n_words = model.tokenizer.vocab_size  # some checkpoints pad the vocabulary to a round number
     stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
     said: list[list[int]] = [[] for _ in rows]
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
@@ -94,7 +95,8 @@ def stream(model, prompts, images, max_new_tokens, temperature=0.0, top_p=1.0, s
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
     hidden = llama.hidden(embeds=embeds, mask=mask, cache=cache)
     for step in range(steps):
-        token = choose(llama.head(hidden[:, -1]), temperature, top_p, generator)  # (B)
+        logits = llama.head(hidden[:, -1])[:, :n_words]  # (B, V)
+        token = choose(logits, temperature, top_p, generator)  # (B)
         ended = ended | torch.isin(token, stop_ids)
         if stop_text:  # the template of v0 ends answers with "###", which is no token
             for i, t in enumerate(token.tolist()):

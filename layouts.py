@@ -1,12 +1,9 @@
-"""What every official layout calls things: tensor names and config keys <-> ours, as tables.
+"""What every official layout calls a tensor, and what we call it, as tables.
 
-NAMES is the translation of tensor names, VISION, TEXT and META those of config keys; `hf_config`
-reads them from right to left. Nothing here opens a file. Read next: checkpoint.py, which does.
+Nothing here opens a file. Read next: configs.py, the same for config.json; then checkpoint.py.
 """
 
 import re
-
-import torch
 
 from weightfile import CheckpointError
 
@@ -87,68 +84,11 @@ SHARDED = {
     0: r"(.*\.(wq|wk|wv|w1|w3)|output)\.weight",
     1: r".*\.(wo|w2)\.weight",
 }
-# Key of config.json -> our field, and the value that transformers assumes where the key is absent.
-VISION = {
-    "image_size": ("image_size", 224),
-    "patch_size": ("patch_size", 32),
-    "hidden_size": ("dim", 768),
-    "intermediate_size": ("mlp_dim", 3072),
-    "num_hidden_layers": ("n_layers", 12),
-    "num_attention_heads": ("n_heads", 12),
-    "layer_norm_eps": ("norm_eps", 1e-5),
-    "hidden_act": ("activation", "quick_gelu"),
-}
-TEXT = {
-    "vocab_size": ("vocab_size", 32000),
-    "hidden_size": ("dim", 4096),
-    "intermediate_size": ("mlp_dim", 11008),
-    "num_hidden_layers": ("n_layers", 32),
-    "num_attention_heads": ("n_heads", 32),
-    "num_key_value_heads": ("n_kv_heads", 0),  # 0: as many as n_heads
-    "head_dim": ("head_dim", 0),  # 0: dim / n_heads
-    "rms_norm_eps": ("norm_eps", 1e-6),
-    "rope_theta": ("rope_theta", 10000.0),
-    "max_position_embeddings": ("max_positions", 2048),
-    "tie_word_embeddings": ("tied_embeddings", False),
-}
-META = {  # the same for params.json; vocab_size and mlp_dim come from the shapes
-    "vocab_size": ("vocab_size", 32000),
-    "mlp_dim": ("mlp_dim", 11008),
-    "dim": ("dim", 4096),
-    "n_layers": ("n_layers", 32),
-    "n_heads": ("n_heads", 32),
-    "n_kv_heads": ("n_kv_heads", 0),
-    "norm_eps": ("norm_eps", 1e-5),
-    "rope_theta": ("rope_theta", 10000.0),
-}
-# RoPE of LLaMA 3.1: what a config calls the four numbers, and their values in Meta's own code.
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-LLAMA31 = (8.0, 1.0, 4.0, 8192.0)
-MISTRAL = {"intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096}
-MISTRAL |= {"max_position_embeddings": 131072}
-# model_type -> what it assumes instead
-DECODERS = {"llama": {}, "mistral": MISTRAL}
-DECODERS |= {"llava": {}, "llava_llama": {}, "llava_mistral": MISTRAL}  # the original's, flat
-# Options of which this code knows one value only.
-ONLY = {
-    "vision": {"model_type": "clip_vision_model", "num_channels": 3},
-    "text": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "llava": {"multimodal_projector_bias": True},
-}
-PROJECTORS = {"gelu": "mlp2x_gelu", "linear": "linear"}  # projector_hidden_act -> our kind
-# vision_feature_select_strategy, or in the original mm_vision_select_feature -> our keep_class
-KEEP_CLASS = {"default": False, "full": True, "patch": False, "cls_patch": True}
-NOTES = "llava_from_scratch"  # key of config.json for what transformers has no word for
-# No real model is larger; a config that claims more would fill the memory before it is refused.
-MAX_JSON = 2**26  # bytes
-LIMITS = {"n_layers": 1000, "max_positions": 2**24}
-LIMIT = 2**20  # of any other size
 # Files that add to a base: a LoRA, what was trained beside it, a projector alone.
 EXTRAS = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 EXTRAS += ("mm_projector.bin",)
 LORA_ONLY = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "peft_type": "LORA"}
 LORA_ONLY |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
-STORED_AS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Which part of a LLaVA a family holds; those that are not here hold the whole.
 PARTS = {"clip": "vision_tower", "openai-clip": "vision_tower"}
 PARTS |= {"llama": "language_model", "meta": "language_model"}
@@ -173,62 +113,6 @@ def stored_name(family: str, name: str) -> str:
     if (stored := translated(name, table)) is None:
         raise CheckpointError(f"the {family} layout has no place for a tensor called {name!r}")
     return stored
-
-
-def hf_config(kind: str, config: dict, dtype: torch.dtype, image_token_id: int) -> dict:
-    """Our config in transformers' words, with every size spelled out; versions 4 and 5 read it."""
-    if kind == "vision_tower":
-        content = {"architectures": ["CLIPVisionModel"], **ONLY["vision"]}
-        content |= {key: config[ours] for key, (ours, _) in VISION.items()}
-    elif kind == "language_model":
-        content = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **ONLY["text"]}
-        content |= {key: config[ours] for key, (ours, _) in TEXT.items()}
-        if config["rope_scaling"]:
-            numbers = dict(zip(ROPE_SCALING, config["rope_scaling"], strict=True))
-            numbers[ROPE_SCALING[-1]] = int(numbers[ROPE_SCALING[-1]])
-            content["rope_scaling"] = {"rope_type": "llama3", **numbers}
-    else:
-        vision, text = config["vision"], config["text"]
-        acts = {kind: act for act, kind in PROJECTORS.items()}
-        if config["projector"] not in acts:
-            raise CheckpointError(f"llava-hf has no place for projector {config['projector']!r}")
-        anyres = config["image"]["aspect"] == "anyres"
-        n_patches = (vision["image_size"] // vision["patch_size"]) ** 2
-        content = {
-            "architectures": [f"Llava{'Next' * anyres}ForConditionalGeneration"],
-            "model_type": "llava_next" if anyres else "llava",
-            "vision_config": hf_config("vision_tower", vision, dtype, 0),
-            "text_config": hf_config("language_model", text, dtype, 0),
-            "projector_hidden_act": acts[config["projector"]],
-            "vision_feature_layer": config["vision_layer"],
-            "vision_feature_select_strategy": "full" if config["keep_class"] else "default",
-            "image_seq_length": n_patches + config["keep_class"],
-            "image_token_index": image_token_id,
-            "tie_word_embeddings": text["tied_embeddings"],
-            **ONLY["llava"],
-            NOTES: {"image": config["image"], "template": config["template"]},
-        }
-        if anyres:
-            content["image_grid_pinpoints"] = config["image"]["grid_pinpoints"]
-            content["use_image_newline_parameter"] = True
-    return content | {"torch_dtype": str(dtype).removeprefix("torch.")}
-
-
-def hf_preprocessor(image: dict) -> dict:
-    """What transformers' image processor needs to know. It can only crop, where LLaVA-1.5 pads."""
-    size = image["image_size"]
-    content = {
-        "image_processor_type": "CLIPImageProcessor",
-        "size": {"shortest_edge": size},
-        "crop_size": {"height": size, "width": size},
-        "resample": 3,  # bicubic
-        "image_mean": image["mean"],
-        "image_std": image["std"],
-    }
-    if image["aspect"] == "anyres":
-        content["image_processor_type"] = "LlavaNextImageProcessor"
-        content["image_grid_pinpoints"] = image["grid_pinpoints"]
-    return content
 
 
 def main():

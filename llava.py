@@ -43,7 +43,8 @@ class LLaVAConfig:
     projector: str = "mlp2x_gelu"  # "linear" in v1
     vision_layer: int = -2  # which hidden state of the ViT feeds the projector
     keep_class: bool = False  # does the ViT's class token go along with the patches?
-    template: str = "v1"  # conversation template, see data.py
+    template: str = "v1"  # conversation template, see templates.py
+    image_start_end: bool = False  # are pictures between <im_start> and <im_end>? (first models)
 
     def __post_init__(self):
         if not -self.vision.n_layers - 1 <= self.vision_layer <= self.vision.n_layers:
@@ -87,6 +88,8 @@ class LLaVA(nn.Module):
         sources = (source.path, source.base.path) if base else (source.path,)
         file = next(filter(None, map(tokenizer.find, sources)), None)
         model.tokenizer = tokenizer.load(file) if file else None
+        if model.tokenizer and config.image_start_end:
+            model.tokenizer.image_frame = ("<im_start>", "<im_end>")
         return model
 
     @staticmethod

@@ -61,7 +61,7 @@ def load(path) -> "SentencePiece | ByteBPE":
         return read_json(content, file)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
         return read_tiktoken(content, file)
-    return SentencePiece(content, file, added_tokens(file.parent))
+    return SentencePiece(content, file, added_tokens(file.parent), after_control(file.parent))
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
@@ -87,16 +87,37 @@ def added_tokens(folder: Path) -> dict[str, int]:
     return found
 
 
-class SentencePiece:
-    """LLaMA 1/2, Vicuna, Mistral, Yi. Each encoded text gets a leading space, as in training."""
+def after_control(folder: Path) -> str:
+    """What the `legacy` key of a folder's tokenizer_config.json asks for; absent, it is true."""
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_bytes()) if file.is_file() else {}
+    return "joined" if config.get("legacy") is False else "spaced"
 
-    def __init__(self, content: bytes, file, added: dict[str, int] | None = None):
+
+class SentencePiece:
+    """LLaMA 1/2, Vicuna, Mistral, Yi. Each encoded text gets a leading space, as in training.
+
+    What follows a control token, as "USER" in "</s>USER", is no new text, and transformers has
+    treated it in three ways. A model answers best to the one that it was trained with:
+
+        spaced     ▁US ER    a leading space all the same ("legacy")
+        joined     USER      none: as if the text went on (transformers from 4.34 on)
+        stripped   US ER     the pieces with a space, then the space cut off (4.31, LLaVA-1.5's)
+    """
+
+    image_frame = ()  # tokens around each picture: <im_start>, <im_end> in the first models
+
+    def __init__(self, content: bytes, file, added=None, after_control: str = "spaced"):
         """`added`: {token: id} that are no pieces of the model, such as Yi's <|im_start|>."""
         import sentencepiece
 
+        self.after_control = after_control
         self.model = sentencepiece.SentencePieceProcessor()
+        self.joined = sentencepiece.SentencePieceProcessor()
         try:
             self.model.LoadFromSerializedProto(content)
+            # Protobuf lets later bytes overrule earlier ones: here, that no space is put in front.
+            self.joined.LoadFromSerializedProto(content + b"\x1a\x02\x18\x00")
         except RuntimeError:
             raise ValueError(
                 f"{file} is neither a sentencepiece model nor a tiktoken file nor JSON"
@@ -111,10 +132,22 @@ class SentencePiece:
         """Text -> ids; see `frame` for `bos` and `eos`."""
         return frame(self, self.model.encode(text), bos, eos)
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
-        """Text -> ids, and for each the number of the character that it starts at."""
-        found = self.model.encode(text, return_type="offset_mapping")
-        return found["ids"], [start for start, _ in found["offsets"]]
+    def encode_with_starts(self, text: str, control: bool = False) -> tuple[list[int], list[int]]:
+        """Text -> ids, and for each the number of the character that it starts at.
+
+        control: does the text follow a control token?
+        """
+        style = self.after_control if control and text else "spaced"
+        model = self.joined if style == "joined" else self.model
+        found = model.encode(text, return_type="offset_mapping")
+        ids, starts = found["ids"], [start for start, _ in found["offsets"]]
+        if style == "stripped" and not text.startswith(" "):
+            first = self.model.id_to_piece(ids[0]).removeprefix("▁")
+            if first:
+                ids[0] = self.model.piece_to_id(first)
+            else:
+                ids, starts = ids[1:], starts[1:]
+        return ids, starts
 
     def decode(self, ids) -> str:
         """Ids -> text without control tokens. Raises ValueError for an id out of range."""
@@ -135,6 +168,8 @@ class SentencePiece:
 class ByteBPE:
     """LLaMA 3, SmolLM2: UTF-8 bytes, merged pair by pair in the order in which training did."""
 
+    image_frame = ()
+
     def __init__(self, pattern: str, pieces: dict, special: dict, bos_id=None, eos_id=None):
         """`pieces`: {bytes: id or None} in merge order; `special`: {name: id}."""
         import tiktoken
@@ -153,7 +188,7 @@ class ByteBPE:
         ids = (self.ids[rank] for rank in self.merger.encode_ordinary(text))
         return frame(self, [i for i in ids if i is not None], bos, eos)
 
-    def encode_with_starts(self, text: str) -> tuple[list[int], list[int]]:
+    def encode_with_starts(self, text: str, control: bool = False) -> tuple[list[int], list[int]]:
         """Text -> ids, and for each the number of the character that it starts in."""
         character = [i for i, c in enumerate(text) for _ in c.encode()]  # of each byte
         ids, starts, place = [], [], 0

@@ -337,9 +337,9 @@ def train(stage: int, resume: bool, recipe: Recipe):
         config = replace(model.config, image=image_config, template=recipe.template)
         source = checkpoint.Checkpoint(recipe.model)
         words = tokenizer.files(source.path)
-        image_token = source.config.get("image_token_index", 0)
         dtype = DTYPES[recipe.save_dtype]
-        checkpoint.save(out, "llava", weights, asdict(config), words, dtype, image_token)
+        ids = source.config.token_ids()
+        checkpoint.save(out, "llava", weights, asdict(config), words, dtype, ids)
         state_file.unlink(missing_ok=True)
         say(f"saved {out}")
     if parallel:

@@ -4,7 +4,7 @@ It wants an environment of its own (it imports under transformers 4.37.2 only):
 
     python -m venv llava && . llava/bin/activate
     pip install torch==2.13.0 numpy==1.26.4 pillow==13.0.0 transformers==4.37.2 \\
-        sentencepiece==0.2.3 accelerate==0.27.2 einops timm==0.9.16
+        sentencepiece==0.2.3 protobuf==4.25.9 accelerate==0.27.2 einops timm==0.9.16
     pip install --no-deps llava-torch==1.2.2.post1
     python tests/record_llava.py TOKENIZER      (mistral_common/data/tokenizer.model.v1)
 
@@ -12,6 +12,7 @@ tests/test_original.py then holds our loader, pixels, merging, prompts and greed
 """
 
 import argparse
+import copy
 import json
 import tempfile
 import zlib
@@ -24,6 +25,7 @@ from llava.conversation import conv_templates
 from llava.mm_utils import process_images, select_best_resolution, tokenizer_image_token
 from llava.model.language_model.llava_llama import LlavaConfig, LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralConfig, LlavaMistralForCausalLM
+from llava.train import train
 from PIL import Image
 from transformers import AddedToken, CLIPImageProcessor, LlamaTokenizer
 
@@ -47,6 +49,21 @@ TALKS = [
     ["No picture at all.", None],
     ["<image><image>\nTwo of them.", " Yes\nindeed ", "  spaces  ", None],
 ]
+# Records for training: the turns, human first unless there is an odd number of them.
+RECORDS = [
+    ["<image>\nWhat is it?", "A cat."],
+    ["<image>\nWhat is it?", "A cat.", "What colour is it?", "It is black."],
+    ["What is it?\n<image>", "A cat.", "Why?\nSay it.", "Because\n\nit is.", "Sure?", "Yes, sure."],
+    ["Who are you?", "A model.", "Whose?", "Nobody's."],
+    ["Skipped.", "  What?  ", "Nothing at all "],
+    ["<image>", "ok", "And in Chinese?", "中文", "Again?", "É 🐶!"],
+    ["Just say it.", " ok"],
+    ["<image>\nWhat does the sign say?", "USER: stop ASSISTANT: go"],
+    ["What is <unk>?", "A token."],
+    ["Say nothing.", "", "And now?", "Something."],
+    ["What ends a text?", "An end-of-sequence such as </s> does.", "Thanks.", "Welcome."],
+]
+TRAINED = "v0 v1 llava_v1 llava_v0 llama_2 llava_llama_2 mistral_instruct chatml_direct".split()
 NAMES = "v0 v1 llava_v0 llava_v1 llama_2 llava_llama_2 mistral_instruct chatml_direct".split()
 
 
@@ -118,22 +135,62 @@ def record_grids() -> list[list[int]]:
     return [[*size, *select_best_resolution(size, grids)] for size in sizes]
 
 
+def load_tokenizer(file: str, legacy: bool, added=()):
+    tokenizer = LlamaTokenizer(file, legacy=legacy)
+    tokenizer.pad_token = tokenizer.unk_token
+    marks = [AddedToken(token, special=True, normalized=False) for token in added]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    return tokenizer
+
+
+CHATML, FRAME = ("<|im_start|>", "<|im_end|>"), ("<im_start>", "<im_end>")
+
+
 def record_prompts(tokenizer_file: str) -> list[dict]:
-    tokenizer = LlamaTokenizer(tokenizer_file, legacy=True)
-    plain = len(tokenizer)
-    marks = [AddedToken(t, special=True, normalized=False) for t in ("<|im_start|>", "<|im_end|>")]
+    """Every template under both kinds of tokenizer; the oldest also with framed pictures."""
+    cases = [(name, legacy, False) for name in NAMES for legacy in (True, False)]
+    cases += [(name, legacy, True) for name in ("v0", "llava_v0", "v1") for legacy in (True, False)]
     found = []
-    for name in NAMES:
-        if name == "chatml_direct":
-            tokenizer.add_tokens(marks, special_tokens=True)
-            assert len(tokenizer) == plain + 2
+    for name, legacy, frame in cases:
+        added = FRAME if frame else CHATML if name == "chatml_direct" else ()
+        tokenizer = load_tokenizer(tokenizer_file, legacy, added)
         for talk in TALKS:
             conversation = conv_templates[name].copy()
             for i, text in enumerate(talk):
+                if frame and text:
+                    text = text.replace("<image>", "<image>".join(FRAME))
                 conversation.append_message(conversation.roles[i % 2], text)
             prompt = conversation.get_prompt()
             ids = tokenizer_image_token(prompt, tokenizer)
-            found.append({"template": name, "turns": talk[:-1], "prompt": prompt, "ids": ids})
+            row = {"template": name, "legacy": legacy, "frame": frame, "turns": talk[:-1]}
+            found.append(row | {"prompt": prompt, "ids": ids})
+    return found
+
+
+def record_training(tokenizer_file: str) -> list[dict]:
+    """Ids and labels of the original's own preprocessing; labels all -100 where it gives up."""
+    found = []
+    for name in (*TRAINED, "plain"):
+        train.conversation_lib.default_conversation = conv_templates[name]
+        for legacy in (True, False):
+            added = CHATML if name == "chatml_direct" else ()
+            tokenizer = load_tokenizer(tokenizer_file, legacy, added)
+            for texts in RECORDS:
+                speakers = ("human", "gpt") if len(texts) % 2 == 0 else ("gpt", "human")
+                turns = [{"from": speakers[i % 2], "value": t} for i, t in enumerate(texts)]
+                if name == "plain":
+                    turns = turns[:2]
+                has_image = any("<image>" in text for text in texts)
+                if name == "plain" and not has_image:
+                    continue
+                args = argparse.Namespace(is_multimodal=True, mm_use_im_start_end=False)
+                sources = [copy.deepcopy(turns)]
+                if has_image:
+                    sources = train.preprocess_multimodal(sources, args)
+                made = train.preprocess(sources, tokenizer, has_image)
+                ids, labels = (list(map(int, made[key][0])) for key in ("input_ids", "labels"))
+                row = {"template": name, "legacy": legacy, "conversations": turns}
+                found.append(row | {"ids": ids, "labels": labels})
     return found
 
 
@@ -152,6 +209,7 @@ def main():
         "pixels": record_pixels(),
         "grids": record_grids(),
         "prompts": record_prompts(args.tokenizer),
+        "training": record_training(args.tokenizer),
     }
     (here / "llava.json").write_text(json.dumps(record, ensure_ascii=False) + "\n")
     np.savez_compressed(here / "llava.npz", **arrays)

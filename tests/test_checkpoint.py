@@ -21,8 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import configs
 import image
-import layouts
 from checkpoint import Checkpoint, CheckpointError
 from llama import LLaMA, LLaMAConfig
 from llava import LLaVA, LLaVAConfig
@@ -513,9 +513,9 @@ def test_the_hubs_short_llava_config_gives_the_full_sizes(tmp_path):
     assert config == LLaVAConfig(vision=ViTConfig(), text=text)
     assert (text.n_layers, text.mlp_dim, text.dim, text.n_heads) == (32, 11008, 4096, 32)
     theirs = transformers.LlavaConfig(**json.loads((tmp_path / "config.json").read_text()))
-    for key, (ours, _) in layouts.VISION.items():
+    for key, (ours, _) in configs.VISION.items():
         assert getattr(config.vision, ours) == getattr(theirs.vision_config, key), key
-    for key, (ours, _) in layouts.TEXT.items():
+    for key, (ours, _) in configs.TEXT.items():
         if key != "rope_theta":
             assert getattr(config.text, ours) == getattr(theirs.text_config, key), key
     assert config.text.rope_theta == theirs.text_config.rope_parameters["rope_theta"]
@@ -524,10 +524,10 @@ def test_the_hubs_short_llava_config_gives_the_full_sizes(tmp_path):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "clip_vision_model"])
 def test_absent_keys_mean_what_transformers_takes_them_to_mean(tmp_path, kind):
     theirs = transformers.AutoConfig.for_model(kind)
-    table = layouts.TEXT
+    table = configs.TEXT
     if kind == "clip_vision_model":
         config = opened(tmp_path, {"model_type": kind}).vision_config()
-        table = layouts.VISION
+        table = configs.VISION
     else:  # the class default of Mistral's window cuts the context: see below
         source = opened(tmp_path, {"model_type": kind, "sliding_window": None})
         config = asdict(LLaMAConfig(**source.text_config()))
@@ -671,7 +671,9 @@ def test_what_is_saved_comes_back_bit_for_bit(tmp_path, name, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_loads_what_is_saved(tmp_path, name, dtype, shard_bytes):
-    model = save(tmp_path, name, dtype=dtype, image_token_id=39, shard_bytes=shard_bytes).to(dtype)
+    model = save(
+        tmp_path, name, dtype=dtype, token_ids={"image_token_index": 39}, shard_bytes=shard_bytes
+    ).to(dtype)
     kind = name.partition(",")[0]
     theirs, info = HF_CLASSES[kind].from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values()), info
@@ -688,7 +690,7 @@ def test_transformers_loads_what_is_saved(tmp_path, name, dtype, shard_bytes):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_computes_the_same_from_what_is_saved(tmp_path, name):
-    model = save(tmp_path, name, image_token_id=39)
+    model = save(tmp_path, name, token_ids={"image_token_index": 39})
     kind = name.partition(",")[0]
     theirs = HF_CLASSES[kind].from_pretrained(tmp_path).eval()
     pixels, ids = torch.randn(1, 3, 28, 28), torch.tensor([[1, 7, 9, 11]])
