@@ -21,7 +21,16 @@ from pathlib import Path
 import torch
 
 import image
-from templates import CONTROL, IMAGE_TAG, TOKENS, control_tokens, pieces, render, template_named
+from templates import (
+    CONTROL,
+    IMAGE_TAG,
+    TOKENS,
+    control_tokens,
+    pieces,
+    render,
+    template_named,
+    training_pieces,
+)
 
 IMAGE_TOKEN = -200  # stands in input_ids where a picture goes
 IGNORE = -100  # stands in labels where nothing is learned
@@ -109,20 +118,25 @@ def encode(conversations, tokenizer, template: str, max_length: int | None = Non
     """Official turns [{"from", "value"}] -> (input_ids, labels), two lists of equal length.
 
     A leading gpt turn is skipped and a single `<image>` moves to the front of its turn, as in the
-    original; several tags stay where they are. Raises ValueError when roles do not alternate, when
-    no token would be supervised, or when there are more than `max_length` tokens (a picture
-    counts as one).
+    original; several tags stay where they are (there they collapse into one). Raises ValueError
+    when roles do not alternate, when an answer is missing or empty, or when there are more than
+    `max_length` tokens (a picture counts as one).
+
+    Ids and labels are the original's (1.2.2), but where it goes wrong: a sample whose text contains
+    "</s>", "<unk>" or " ASSISTANT: ", and nearly every sample of ChatML, is there masked whole.
     """
     turns = [(turn["from"], turn["value"]) for turn in conversations]
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]
-    for i, (role, _) in enumerate(turns):
+    for i, (role, text) in enumerate(turns):
         if role != ("human", "gpt")[i % 2]:
             raise ValueError(f"turn {i} is from {role!r}; human and gpt must take turns")
+        if role == "gpt" and not text.strip():
+            raise ValueError(f"turn {i} is an empty answer")
     turns = [(role, image_first(text) if role == "human" else text) for role, text in turns]
-    ids, labels = encode_turns(turns, tokenizer, template)
-    if all(label == IGNORE for label in labels):
+    if len(turns) < 2:
         raise ValueError(f"no token is supervised in its {len(turns)} turns: there is no answer")
+    ids, labels = encode_pieces(training_pieces(turns, template), tokenizer)
     if max_length is not None and len(ids) > max_length:
         raise ValueError(f"it has {len(ids)} tokens, more than max_length {max_length}")
     return ids, labels

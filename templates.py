@@ -138,6 +138,25 @@ def pieces(turns, template: str) -> list[tuple[str, bool, bool]]:
     return found
 
 
+def training_pieces(turns, template: str) -> list[tuple[str, bool, bool]]:
+    """The same for training, where the models on Vicuna v0 wrote and learned other strings.
+
+    They learned to write the "###" between turns, and a speaker's name:
+
+        A chat ...\\n\\n### Human: What is this?\\n### Assistant: A cat.\\n###
+        learn         ^^^                        ^^^^^^^^^^^^^^^^^^^^^^^^^^
+    """
+    style = template_named(template)
+    if style is None or style.stop != "###":
+        return pieces(turns, template)
+    found = [(CHAT.format(who="human") + "\n\n", False, True)]
+    for role, text in turns:
+        name, learned = (" Assistant: ", True) if role == "gpt" else (" Human: ", False)
+        found += [("###", True, True), (name, learned, True)]
+        found += [(text, learned, False), ("\n", learned, True)]
+    return [*found, ("### ", True, True)]
+
+
 def render(turns, template: str) -> str:
     """Write turns [(role, text)], role "human" | "gpt", as one prompt string.
 

@@ -103,7 +103,7 @@ def record_model(kind: str, folder: Path) -> tuple[list[dict], dict]:
             logits = model(inputs).logits[0]
         tokens = model.generate(inputs, do_sample=False, max_new_tokens=12, **args)[0].tolist()
         arrays[f"{kind}-{i}"] = logits[:, ::10].float().numpy()
-        tokens = tokens[len(ids) :] if not pictures else tokens[1:]  # <s> stands for the embeddings
+        tokens = tokens[1:]  # <s> stands for the embeddings of the prompt
         rows.append({"ids": ids, "sizes": sizes or [], "length": len(logits), "tokens": tokens})
     return rows, arrays
 
