@@ -100,7 +100,15 @@ class Checkpoint:
         """The fields of LLaVAConfig, with those of its parts as dictionaries inside."""
         if self.part != "llava":
             raise CheckpointError(f"{self.path} holds a {self.family} model, not a whole LLaVA")
-        return self.config.llava(self.vision_config(), self.text_config())
+        fields = self.config.llava(self.vision_config(), self.text_config())
+        # Channel means and deviations: this folder's, else the tower's, else CLIP's.
+        folders = [self.path, self.tower.path] if self.tower else [self.path]
+        files = [folder / "preprocessor_config.json" for folder in folders]
+        file = next((file for file in files if file.is_file()), None)
+        image = read_json(file) if file else {}
+        keys = {"image_mean": "mean", "image_std": "std"}
+        image = {ours: image[key] for key, ours in keys.items() if key in image}
+        return fields | {"image": image | fields["image"]}
 
     # What the weight files hold.
 

@@ -109,6 +109,8 @@ def translated(name: str, table) -> str | None:
 
 def stored_name(family: str, name: str) -> str:
     """The same table from right to left: what our tensor is called in a file."""
+    if family == "openai-clip":  # there the three are one tensor
+        name = re.sub(r"\.[qkv]_proj\.", ".qkv_proj.", name)
     table = [(ours, re.sub(r"\(([^|]*)\|[^)]*\)", r"\1", theirs)) for theirs, ours in NAMES[family]]
     if (stored := translated(name, table)) is None:
         raise CheckpointError(f"the {family} layout has no place for a tensor called {name!r}")

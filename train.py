@@ -278,7 +278,13 @@ def train(stage: int, resume: bool, recipe: Recipe):
         hardware = f"{world} x {device.type} in {dtype}"
         say(f"stage {stage}: {total} steps of {recipe.batch} samples on {hardware}")
         say(f"parameters: {counts}; learning: {sum(p.numel() for p in trainable):,}")
-        log = open(out / "log.jsonl", "a" if resume else "w")
+        log_file = out / "log.jsonl"
+        if resume and log_file.exists():  # steps after the saved state are done again
+            rows = log_file.read_text().splitlines(keepends=True)
+            kept = [row for row in rows if json.loads(row).get("step", -1) < start]
+            log_file.with_suffix(".tmp").write_text("".join(kept))
+            os.replace(log_file.with_suffix(".tmp"), log_file)
+        log = open(log_file, "a" if resume else "w")
         header = {"stage": stage, "recipe": asdict(recipe), "torch": torch.__version__}
         print(
             json.dumps(header | {"processes": world, "device": str(device)}), file=log, flush=True

@@ -8,6 +8,8 @@ transformers without a missing or unexpected tensor and computes the same.
 
 import importlib
 import json
+import re
+import shutil
 import subprocess
 import sys
 import types
@@ -21,12 +23,16 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import checkpoint
+import data
 import image
+import tokenizer
 from checkpoint import Checkpoint, CheckpointError
 from generate import generate
 from llama import LLaMA, LLaMAConfig
 from llava import LLaVA
 from vit import ViT, ViTConfig
+
+TINY = Path(__file__).parents[1] / "tiny" / "weights"
 
 VISION = ViTConfig(image_size=28, patch_size=14, dim=64, mlp_dim=96, n_layers=3, n_heads=1)
 TEXT = LLaMAConfig(
@@ -117,6 +123,15 @@ def test_openais_half_precision_survives(tmp_path):
     loaded = ViT.from_pretrained(file)
     assert next(loaded.parameters()).dtype == torch.float16
     assert_same(loaded.state_dict(), vit.state_dict())
+
+
+def test_a_tensor_missing_in_openais_file_is_named(tmp_path):
+    tensors = openai_names(randomised(ViT(VISION)).state_dict())
+    name = "visual.transformer.resblocks.0.attn.in_proj_weight"
+    del tensors[name]
+    torch.save(tensors, tmp_path / "ViT.pt")
+    with pytest.raises(CheckpointError, match=re.escape(f"3 missing: {name}")):
+        ViT.from_pretrained(tmp_path / "ViT.pt")
 
 
 def test_features_are_those_of_openais_code():
@@ -506,6 +521,29 @@ def test_a_text_stop_ends_the_answer_of_v0(tmp_path):
     text = Words().decode(free)
     expected = text.find("###") + 2 if "###" in text else len(free)
     assert cut == free[:expected]
+
+
+def test_the_first_models_frame_their_pictures(tmp_path):
+    """mm_use_im_start_end: <im_start> and <im_end>, tokens of their own, around each picture."""
+    folder = original.write("v1", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": True}))
+    shutil.copy(TINY / "llama" / "tokenizer.model", folder)
+    n = tokenizer.load(folder).vocab_size
+    (folder / "added_tokens.json").write_text(json.dumps({"<im_start>": n, "<im_end>": n + 1}))
+    checkpoint.convert(folder, tmp_path / "out")
+    for path in (folder, tmp_path / "out"):
+        model = LLaVA.from_pretrained(path)
+        ids = data.encode_prompt("<image>\nWhat?", model.tokenizer)
+        assert ids[1:4] == [n, data.IMAGE_TOKEN, n + 1]
+
+
+def test_means_and_deviations_are_those_beside_the_tower(tmp_path):
+    folder = original.write("v1.5", tmp_path)
+    file = tmp_path / "tower" / "preprocessor_config.json"
+    other = json.loads(file.read_text()) | {"image_mean": [0.5, 0.4, 0.3]}
+    file.write_text(json.dumps(other))
+    assert LLaVA.from_pretrained(folder).config.image.mean == (0.5, 0.4, 0.3)
 
 
 def test_a_family_is_never_told_from_a_name(tmp_path):
