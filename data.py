@@ -14,13 +14,19 @@ an error.) Here a record that would teach nothing is an error that names it.
 Read next: llava.py puts the pictures in; train.py takes the batches.
 """
 
-import json
+import argparse
+import functools
+import random
 import re
+import sys
+import time
 from pathlib import Path
 
 import torch
 
 import image
+import tokenizer
+from records import Records, files_of
 from templates import (
     CONTROL,
     IMAGE_TAG,
@@ -34,6 +40,7 @@ from templates import (
 
 IMAGE_TOKEN = -200  # stands in input_ids where a picture goes
 IGNORE = -100  # stands in labels where nothing is learned
+TINY = Path(__file__).parent / "tiny" / "weights" / "llama"
 MARKS = re.compile(f"({IMAGE_TAG}|{TOKENS})")
 
 
@@ -114,13 +121,14 @@ def encode_turns(turns, tokenizer, template: str) -> tuple[list[int], list[int]]
     return encode_pieces(pieces(turns, template), tokenizer)
 
 
-def encode(conversations, tokenizer, template: str, max_length: int | None = None):
+def encode(conversations, tokenizer, template, max_length=None, image_last=False):
     """Official turns [{"from", "value"}] -> (input_ids, labels), two lists of equal length.
 
     A leading gpt turn is skipped and a single `<image>` moves to the front of its turn, as in the
-    original; several tags stay where they are (there they collapse into one). Raises ValueError
-    when roles do not alternate, when an answer is missing or empty, or when there are more than
-    `max_length` tokens (a picture counts as one).
+    original (`image_last`: in the first turn to the end, as LLaVA v1 did half of the time); several
+    tags stay where they are, where there they collapse into one. Raises ValueError when roles do
+    not alternate, when an answer is missing or empty, or when there are more than `max_length`
+    tokens (a picture counts as one).
 
     Ids and labels are the original's (1.2.2), but where it goes wrong: a sample whose text contains
     "</s>", "<unk>" or " ASSISTANT: ", and nearly every sample of ChatML, is there masked whole.
@@ -133,7 +141,9 @@ def encode(conversations, tokenizer, template: str, max_length: int | None = Non
             raise ValueError(f"turn {i} is from {role!r}; human and gpt must take turns")
         if role == "gpt" and not text.strip():
             raise ValueError(f"turn {i} is an empty answer")
-    turns = [(role, image_first(text) if role == "human" else text) for role, text in turns]
+    for i, (role, text) in enumerate(turns):
+        if role == "human":
+            turns[i] = role, place_image(text, last=image_last and i == 0)
     if len(turns) < 2:
         raise ValueError(f"no token is supervised in its {len(turns)} turns: there is no answer")
     ids, labels = encode_pieces(training_pieces(turns, template), tokenizer)
@@ -142,108 +152,195 @@ def encode(conversations, tokenizer, template: str, max_length: int | None = Non
     return ids, labels
 
 
-def image_first(text: str) -> str:
-    """ "What is it?\\n<image>" -> "<image>\\nWhat is it?"; texts with 0 or 2+ tags stay."""
+def place_image(text: str, last: bool = False) -> str:
+    """ "What is it?\n<image>" -> "<image>\nWhat is it?"; texts with 0 or 2+ tags stay."""
     if text.count(IMAGE_TAG) != 1:
         return text
-    return f"{IMAGE_TAG}\n{text.replace(IMAGE_TAG, '').strip()}".strip()
+    question = text.replace(IMAGE_TAG, "").strip()
+    return (f"{question}\n{IMAGE_TAG}" if last else f"{IMAGE_TAG}\n{question}").strip()
 
 
-# ---- files and batches ----------------------------------------------------------------------
-
-
-def load_records(path) -> list[dict]:
-    """The records of an official JSON file. Raises ValueError when it is not a list of records."""
-    try:
-        records = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ValueError(f"no data file at {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(records, list) or not all("conversations" in r for r in records):
-        raise ValueError(f"{path} is not a list of records with 'conversations'")
-    return records
+# ---- samples and batches --------------------------------------------------------------------
 
 
 class Conversations(torch.utils.data.Dataset):
-    """Records of an official JSON file, each encoded and its picture loaded when asked for."""
+    """Records of an official file, each encoded and its pictures loaded when asked for.
 
-    def __init__(self, path, images, tokenizer, template, image_config, max_length=None):
-        self.path, self.images = path, Path(images)
-        self.records = load_records(path)
+    path, images: the file (see records.py) and the folder that its picture paths start from
+    n_visual:     a function, (width, height) of a picture -> how many visual words it becomes
+    max_length:   most tokens of a sample, those of its pictures included
+    on_long:      a longer sample is an "error", or "cut" at its end by whole questions with answers
+    on_bad:       a bad record is an "error", or "skip": then {"bad": why} stands for the sample
+    image_order:  a single `<image>` goes "first", or as in LLaVA v1 to either end at "random"
+    """
+
+    def __init__(
+        self,
+        path,
+        images,
+        tokenizer,
+        template,
+        image_config,
+        max_length=None,
+        n_visual=lambda size: 1,
+        on_long="error",
+        on_bad="error",
+        image_order="first",
+        seed=0,
+    ):
+        self.path, self.images, self.records = path, Path(images), Records(path)
         self.tokenizer, self.template = tokenizer, template
-        self.image_config, self.max_length = image_config, max_length
+        self.image_config, self.n_visual = image_config, n_visual
+        self.max_length, self.on_long, self.on_bad = max_length, on_long, on_bad
+        self.image_order, self.seed = image_order, seed
 
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, index: int) -> dict:
-        """One sample: id, input_ids and labels int[T], pixels and image_sizes lists.
+    def __getitem__(self, index: int | tuple[int, ...]):
+        """One sample: id, input_ids and labels int[T], pixels and image_sizes lists, cut.
 
-        Raises ValueError naming file and record for anything wrong with it.
+        A tuple of numbers is a packed row: the list of its samples. A picture that several of
+        them have is the same tensor, so that the model can see that it is one.
         """
+        opened = {}
+        if isinstance(index, tuple):
+            return [self.sample(i, opened) for i in index]
+        return self.sample(index, opened)
+
+    def sample(self, index: int, opened: dict) -> dict:
+        """Raises ValueError naming file and record for anything wrong with it, see `on_bad`."""
         record = self.records[index]
         try:
-            ids, labels = encode(
-                record["conversations"], self.tokenizer, self.template, self.max_length
-            )
-            files = [record["image"]] if "image" in record else []
-            if ids.count(IMAGE_TOKEN) != len(files):
-                raise ValueError(f"{ids.count(IMAGE_TOKEN)} <image> for {len(files)} picture files")
-            pictures = [image.load(self.images / file) for file in files]
+            for file in files_of(record):
+                if file not in opened:
+                    picture = image.load(self.images / file, warn=refuse)
+                    opened[file] = image.to_pixels(picture, self.image_config), picture.size
+            pictures = [opened[file] for file in files_of(record)]
+            ids, labels, n_cut = self.encode(record, index, [size for _, size in pictures])
         except ValueError as error:
-            raise ValueError(
-                f"{self.path}, record {index} (id {record.get('id')}): {error}"
-            ) from None
+            message = f"{self.path}, record {index} (id {record.get('id')}): {error}"
+            if self.on_bad == "error":
+                raise ValueError(message) from None
+            return {"bad": message}
         return {
             "id": record.get("id"),
             "input_ids": torch.tensor(ids),
             "labels": torch.tensor(labels),
-            "pixels": [image.to_pixels(picture, self.image_config) for picture in pictures],
-            "image_sizes": [picture.size for picture in pictures],
+            "pixels": [pixels for pixels, _ in pictures],
+            "image_sizes": [size for _, size in pictures],
+            "cut": n_cut,
         }
 
-    def lengths(self) -> list[int]:
-        """Words of each record, a cheap stand-in for its tokens."""
-        return [
-            sum(len(turn["value"].split()) for turn in record["conversations"])
-            for record in self.records
-        ]
+    def encode(self, record: dict, index: int, sizes) -> tuple[list[int], list[int], int]:
+        """Ids, labels, and how many turns were cut off for the sake of `max_length`."""
+        turns, n_cut = record["conversations"], 0
+        last = self.image_order == "random" and random.Random(f"{self.seed}-{index}").random() < 0.5
+        while True:
+            ids, labels = encode(turns, self.tokenizer, self.template, image_last=last)
+            if ids.count(IMAGE_TOKEN) != len(sizes):
+                n_tags = ids.count(IMAGE_TOKEN)
+                raise ValueError(f"{n_tags} <image> for {len(sizes)} picture files: one for each")
+            length = len(ids) + sum(self.n_visual(size) - 1 for size in sizes)
+            if self.max_length is None or length <= self.max_length:
+                return ids, labels, n_cut
+            if self.on_long == "error" or len(turns) < 4:
+                raise ValueError(f"it has {length} tokens, more than max_length {self.max_length}")
+            turns, n_cut = turns[:-2], n_cut + 2
+
+    def lengths(self, workers: int = 0) -> list[int]:
+        """Tokens of each sample, for packing: every record is read and tokenised.
+
+        A bad record has length 0 here; what is wrong with it is said when it is loaded.
+        """
+        loader = torch.utils.data.DataLoader(
+            Lengths(self), 64, collate_fn=list, num_workers=workers
+        )
+        found = (length for part in loader for length in part)
+        return list(progress(found, len(self), "tokenising"))
 
 
-def collate(samples) -> dict:
-    """Samples -> one batch: rows padded on the right; the arguments of `LLaVA.loss`."""
+class Lengths(torch.utils.data.Dataset):
+    """The lengths of the samples of a `Conversations`; of pictures, at most the size is read."""
 
-    def padded(rows, value):
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    def __init__(self, samples: Conversations):
+        self.samples = samples
 
-    return {
-        "input_ids": padded([s["input_ids"] for s in samples], 0),
-        "labels": padded([s["labels"] for s in samples], IGNORE),
-        "attention_mask": padded([torch.ones_like(s["input_ids"]) for s in samples], 0),
-        "pixels": [pixels for s in samples for pixels in s["pixels"]],
-        "image_sizes": [size for s in samples for size in s["image_sizes"]],
-    }
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> int:
+        record = self.samples.records[index]
+        try:
+            tiled = self.samples.image_config.aspect == "anyres"
+            files = [self.samples.images / file for file in files_of(record)]
+            sizes = [image.size_of(file) if tiled else None for file in files]
+            ids, _, _ = self.samples.encode(record, index, sizes)
+        except ValueError:
+            return 0
+        return len(ids) + sum(self.samples.n_visual(size) - 1 for size in sizes)
 
 
-def batch_order(lengths, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of an epoch: a pure function of its arguments, so step k can be found again.
+def refuse(text: str):
+    """For training, a picture of which only the first frame would be seen is a bad one."""
+    raise image.ImageError(text)
 
-    Records are shuffled, neighbours of similar length put together within stretches of 16 batches
-    (less padding), and the batches shuffled again. The last, incomplete batch is left out.
+
+def progress(items, total: int, doing: str):
+    """The items, with a line on stderr for whoever waits."""
+    started = shown = time.time()
+    for done, item in enumerate(items, start=1):
+        yield item
+        if time.time() - shown > 1 or (done == total and shown > started):
+            shown = time.time()
+            rate = done / (shown - started)
+            line = f"{doing}: {done:,} of {total:,}, {rate:,.0f}/s, {(total - done) / rate:.0f} s"
+            print(f"\r{line} left ", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+
+def collate(rows) -> dict:
+    """Samples, or lists of samples packed into a row -> the arguments of `LLaVA.loss`.
+
+    Rows are padded on the right. attention_mask numbers the samples of a row 1, 2, ...; none sees
+    another. If anything was lost, "lost" says so: why samples are bad, and how many turns were cut.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(len(lengths), generator=generator).tolist()
-    stretch = 16 * batch_size
-    batches = []
-    for start in range(0, len(order), stretch):
-        part = sorted(order[start : start + stretch], key=lambda i: lengths[i])
-        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
-    batches = [batch for batch in batches if len(batch) == batch_size]
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    rows = [row if isinstance(row, list) else [row] for row in rows]
+    bad = [sample["bad"] for row in rows for sample in row if "bad" in sample]
+    rows = [[sample for sample in row if "bad" not in sample] for row in rows]
+    cut = sum(sample.get("cut", 0) for row in rows for sample in row)
+    # A process without any sample still has to take part: with one token that teaches nothing.
+    rows = [row for row in rows if row] or [[NOTHING]]
+    samples = [sample for row in rows for sample in row]
+
+    def joined(key, padding):
+        whole = [torch.cat([sample[key] for sample in row]) for row in rows]
+        return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=padding)
+
+    numbers = [
+        torch.cat(
+            [torch.full_like(sample["input_ids"], n) for n, sample in enumerate(row, start=1)]
+        )
+        for row in rows
+    ]
+    batch = {
+        "input_ids": joined("input_ids", 0),
+        "labels": joined("labels", IGNORE),
+        "attention_mask": torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True),
+        "pixels": [pixels for sample in samples for pixels in sample["pixels"]],
+        "image_sizes": [size for sample in samples for size in sample["image_sizes"]],
+    }
+    return batch | ({"lost": (bad, cut)} if bad or cut else {})
 
 
-def main():
+NOTHING = {
+    "input_ids": torch.tensor([0]),
+    "labels": torch.tensor([IGNORE]),
+    "pixels": [],
+    "image_sizes": [],
+}
+
+
+def trace():
     """Show what the model reads and what it learns for one small conversation."""
 
     class Letters:  # a tokenizer of 128 characters, so that no file is needed
@@ -260,8 +357,48 @@ def main():
     print(f"learns: {''.join(map(chr, learned[:-1]))!r} and end-of-sequence")
 
 
-if __name__ == "__main__":
-    import argparse
+def main():
+    flags = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = flags.add_argument
+    add("--check", metavar="FILE", help="report what training would trip over, and statistics")
+    add("--show", metavar="FILE", help="print what is read and what is learned")
+    add("-n", type=int, default=3, help="records to show")
+    add("--images", default=".", metavar="DIR", help="folder that the records' paths start from")
+    add("--tokenizer", default=TINY, metavar="DIR", help="default: the tiny model's")
+    add("--template", default="v1", help="conversation template; plain in stage 1")
+    add("--aspect", choices=("crop", "pad"), default="pad")
+    add("--image-tokens", type=int, default=576, help="visual words of a picture")
+    add("--max-length", type=int, default=2048, help="most tokens, those of pictures included")
+    add("--row-length", type=int, default=8192, help="tokens of a packed row")
+    add("--workers", type=int, default=0, help="processes")
+    args = flags.parse_args()
+    if not args.check and not args.show:
+        return trace()
+    import datacheck
 
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    try:
+        samples = Conversations(
+            args.check or args.show,
+            args.images,
+            tokenizer.load(args.tokenizer),
+            args.template,
+            image.ImageConfig(aspect=args.aspect),
+            args.max_length,
+            functools.partial(constant, args.image_tokens),
+            on_long="cut",
+            on_bad="skip",
+        )
+        template_named(args.template)
+        if args.show:
+            return datacheck.show(samples, args.n, sys.stdout.isatty())
+        sys.exit(1 if datacheck.check(samples, args.workers, args.row_length) else 0)
+    except ValueError as error:
+        flags.exit(2, f"data.py: {error}\n")
+
+
+def constant(n: int, size) -> int:
+    return n
+
+
+if __name__ == "__main__":
     main()

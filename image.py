@@ -22,6 +22,7 @@ import math
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -109,6 +110,23 @@ def load(
     by Pillow). Transparency is dropped, as in the original. Of several frames or pages the first is
     used; `warn`, if given, is called with one sentence that says so.
     """
+    with _opened(path) as file:
+        # MPO is a phone's JPEG with a depth or brightness map behind the photo.
+        frames = getattr(file, "is_animated", False) and file.format != "MPO"
+        picture = _to_rgb(file, exif_rotate)
+    if frames and warn is not None:
+        warn(f"{path}: has several frames or pages; only the first is used")
+    return picture
+
+
+def size_of(path: str | Path | BinaryIO) -> tuple[int, int]:
+    """(width, height) of a picture file, from its header alone; raise ImageError as `load` does."""
+    with _opened(path) as file:
+        return file.size
+
+
+@contextmanager
+def _opened(path):
     name = getattr(path, "name", "the stream") if hasattr(path, "read") else path
     try:
         with warnings.catch_warnings():
@@ -117,9 +135,7 @@ def load(
             with Image.open(path, formats=FORMATS) as file:  # reads the header only
                 if file.width * file.height > MAX_PIXELS:
                     raise Image.DecompressionBombError(f"{file.width}x{file.height} pixels")
-                # MPO is a phone's JPEG with a depth or brightness map behind the photo.
-                frames = getattr(file, "is_animated", False) and file.format != "MPO"
-                picture = _to_rgb(file, exif_rotate)
+                yield file
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise ImageError(
             f"{name}: expected a picture file, cannot open it ({error.strerror}); check the path"
@@ -139,9 +155,6 @@ def load(
             f"{name}: the picture is damaged, cut short or of a rare kind ({error}); "
             "fetch it again or save it as PNG"
         ) from error
-    if frames and warn is not None:
-        warn(f"{name}: has several frames or pages; only the first is used")
-    return picture
 
 
 def _to_rgb(file, exif_rotate: bool) -> Image.Image:

@@ -58,6 +58,16 @@ class LLaVAConfig:
                 f"but the vision tower takes {self.vision.image_size}"
             )
 
+    def n_visual(self, image_size: tuple[int, int]) -> int:
+        """How many visual words a picture of (width, height) pixels becomes."""
+        side = self.vision.image_size // self.vision.patch_size
+        if self.image.aspect != "anyres":
+            return side**2 + self.keep_class
+        grid = choose_grid(image_size, self.image.grid_pinpoints)
+        columns, rows = (pixels // self.image.image_size * side for pixels in grid)
+        sideways, upright = margins((columns, rows), image_size)
+        return side**2 + (rows - 2 * upright) * (columns - 2 * sideways + 1)
+
 
 class LLaVA(nn.Module):
     def __init__(self, config: LLaVAConfig):
@@ -110,6 +120,7 @@ class LLaVA(nn.Module):
         does not fit the aspect, or the size of the picture.
         """
         anyres = self.config.image.aspect == "anyres"
+        sizes = image_sizes or [None] * len(pixels)
         if anyres and (image_sizes is None or len(image_sizes) != len(pixels)):
             raise ValueError("AnyRes needs image_sizes: the (width, height) of each picture")
         for i, tiles in enumerate(pixels):
@@ -117,15 +128,21 @@ class LLaVA(nn.Module):
                 raise ValueError(
                     f"picture {i} has {len(tiles)} tiles; aspect {self.config.image.aspect!r} has 1"
                 )
+        # Packed conversations about one picture hold the same tensor: it goes through once.
+        once = {id(tiles): (tiles, size) for tiles, size in zip(pixels, sizes, strict=True)}
+        numbers = {key: i for i, key in enumerate(once)}
+        different, sizes = zip(*once.values(), strict=True)
         weight = self.projector[0].weight
-        tiles = torch.cat(list(pixels)).to(weight.device, weight.dtype)  # (tiles, 3, S, S)
+        tiles = torch.cat(different).to(weight.device, weight.dtype)  # (tiles, 3, S, S)
         frozen = not any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.no_grad() if frozen else torch.enable_grad():
             features = self.vision_tower(tiles, self.config.vision_layer, self.config.keep_class)
-        views = self.projector(features).split([len(tiles) for tiles in pixels])  # I x (n, N, D)
-        if not anyres:
-            return [features for (features,) in views]  # I x (N, D)
-        return [self.merge_tiles(*view) for view in zip(views, image_sizes, strict=True)]
+        views = self.projector(features).split([len(tiles) for tiles in different])  # (n, N, D)
+        if anyres:
+            words = [self.merge_tiles(*view) for view in zip(views, sizes, strict=True)]
+        else:
+            words = [features for (features,) in views]
+        return [words[numbers[id(tiles)]] for tiles in pixels]  # I x (N, D)
 
     def merge_tiles(self, views, image_size):
         """AnyRes: views float[1 + tiles, N, D] of a picture of (width, height) -> float[n, D].
@@ -151,7 +168,8 @@ class LLaVA(nn.Module):
             )
         grid = torch.stack(tiles).view(rows, columns, side, side, -1)  # (rows, columns, P, P, D)
         grid = grid.transpose(1, 2).reshape(rows * side, columns * side, -1)  # (height, width, D)
-        grid = without_margin(grid, image_size)
+        sideways, upright = margins((columns * side, rows * side), image_size)
+        grid = grid[upright : len(grid) - upright, sideways : columns * side - sideways]
         newline = self.image_newline.to(grid.dtype).expand(len(grid), 1, -1)
         return torch.cat([whole, torch.cat([grid, newline], dim=1).flatten(0, 1)])  # (n, D)
 
@@ -255,18 +273,16 @@ class LLaVA(nn.Module):
         return embeds, labels.masked_fill(is_image, IGNORE), mask
 
 
-def without_margin(grid, image_size):
-    """Cut off what `image.fit_into` added: float[height, width, D] of patches -> the same, smaller.
+def margins(grid_size, image_size) -> tuple[int, int]:
+    """Patches that `image.fit_into` added on either side: left and right, above and below.
 
-    The sums are the original's, roundings included, so a line of margin may stay.
+    Sizes are (width, height). The sums are the original's, roundings included, so a line of margin
+    may stay.
     """
-    width, height = image_size
-    grid_height, grid_width, _ = grid.shape
+    (grid_width, grid_height), (width, height) = grid_size, image_size
     if width / height > grid_width / grid_height:
-        margin = (grid_height - int(height * (grid_width / width))) // 2
-        return grid[margin : grid_height - margin]
-    margin = (grid_width - int(width * (grid_height / height))) // 2
-    return grid[:, margin : grid_width - margin]
+        return 0, (grid_height - int(height * (grid_width / width))) // 2
+    return (grid_width - int(width * (grid_height / height))) // 2, 0
 
 
 def needed(mask):

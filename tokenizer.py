@@ -164,6 +164,12 @@ class SentencePiece:
             raise ValueError(f"the tokenizer has no token {piece!r}")
         return i
 
+    def name_of(self, i: int) -> str | None:
+        """What a control token is called; None for an ordinary one."""
+        if i >= self.model.vocab_size():
+            return next((token for token, number in self.added.items() if number == i), None)
+        return self.model.id_to_piece(i) if self.model.is_control(i) else None
+
 
 class ByteBPE:
     """LLaMA 3, SmolLM2: UTF-8 bytes, merged pair by pair in the order in which training did."""
@@ -209,6 +215,10 @@ class ByteBPE:
         if piece not in self.special:
             raise ValueError(f"the tokenizer has no token {piece!r}")
         return self.special[piece]
+
+    def name_of(self, i: int) -> str | None:
+        """What a control token is called; None for an ordinary one."""
+        return next((token for token, number in self.special.items() if number == i), None)
 
 
 def frame(tokenizer, ids: list[int], bos: bool, eos: bool) -> list[int]:

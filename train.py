@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+import batches
 import checkpoint
 import data
 import tokenizer
@@ -37,6 +38,15 @@ from vit import ViT
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+CHOICES = {
+    "batching": batches.KINDS,
+    "on_long": ("error", "cut"),
+    "on_bad": ("error", "skip"),
+    "image_order": ("first", "random"),
+    "after_control": ("auto", "spaced", "joined", "stripped"),
+}
 
 
 def flag(default, text: str):
@@ -60,16 +70,23 @@ class Recipe:
     aspect: str = flag("pad", "crop or pad")
     train_llm: bool = flag(True, "False: the projector alone learns (stage 1)")
     epochs: float = flag(1.0, "passes over the data")
-    batch: int = flag(128, "samples per optimizer step, over all processes")
+    batch: int = flag(128, "samples per optimizer step, over all processes; packed: rows")
     micro_batch: int = flag(
-        0, "samples per process and backward pass; 0: as many as the batch needs"
+        0, "samples or rows per process and backward pass; 0: as many as the batch needs"
     )
+    batching: str = flag("length", f"which samples go together: {', '.join(batches.KINDS)}")
+    row_length: int = flag(8192, "tokens of a packed row")
     lr: float = flag(2e-5, "highest learning rate of the language model")
     projector_lr: float = flag(0.0, "of the projector; 0: the same")
     warmup: float = flag(0.03, "share of the steps in which the rate rises; then a cosine to zero")
     weight_decay: float = flag(0.0, "AdamW's")
     clip: float = flag(0.0, "largest gradient norm; 0: never clipped, as in the original")
-    max_length: int = flag(2048, "most tokens in a record, a picture counting as one")
+    max_length: int = flag(2048, "most tokens in a record, those of its pictures included")
+    on_long: str = flag("error", "a longer record: error, or cut its last questions and answers")
+    on_bad: str = flag("error", "a bad record: error, or skip it and list it in skipped.txt")
+    max_bad: int = flag(100, "training stops when more records than this were skipped")
+    image_order: str = flag("first", "first; random: at either end of the question, as in v1")
+    after_control: str = flag("auto", "auto, or how the text after </s> is tokenised: tokenizer.py")
     dtype: str = flag("auto", "compute type: bf16, fp32; auto: bf16 where the hardware has it")
     workers: int = flag(0, "processes that load and decode pictures")
     seed: int = flag(42, "of the new projector and of the order of the data")
@@ -82,6 +99,9 @@ class Recipe:
                 raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
         if self.dtype not in ("auto", *DTYPES) or self.save_dtype not in DTYPES:
             raise ValueError(f"--dtype and --save-dtype are among {', '.join(DTYPES)}")
+        for name, values in CHOICES.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(values)}")
 
 
 TINY_WORLD = Recipe(
@@ -117,7 +137,7 @@ RECIPES = {
     # in stage 1 --vision-tower name the Vicuna-1.5, the data and the CLIP folder.
     "llava-1.5": {
         1: Recipe(template="plain", aspect="crop", train_llm=False, batch=256, lr=1e-3),
-        2: Recipe(batch=128, lr=2e-5),
+        2: Recipe(batch=128, lr=2e-5, batching="modality", after_control="stripped"),
     },
 }
 
@@ -156,6 +176,16 @@ def build_model(recipe: Recipe) -> LLaVA:
     return model
 
 
+def plan(recipe: Recipe, lengths, records, epoch: int) -> list:
+    """The global batches of an epoch: the same on every process, and after every restart."""
+    size, seed = recipe.batch, recipe.seed
+    if recipe.batching == "packed":
+        return batches.packed(lengths, records.pictures, recipe.row_length, size, seed, epoch)
+    if recipe.batching == "modality":
+        return batches.by_modality(lengths, records.pictures, size, seed, epoch)
+    return batches.by_length(lengths, size, seed, epoch)
+
+
 def learning_rate(step: int, total: int, warmup: float) -> float:
     """Share of the highest rate at a step: a linear rise, then a cosine to zero."""
     rise = math.ceil(warmup * total)
@@ -177,9 +207,6 @@ def train(stage: int, resume: bool, recipe: Recipe):
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     main_process = rank == 0
-    if recipe.batch % world:
-        raise ValueError(f"--batch {recipe.batch} is not a multiple of the {world} processes")
-
     # ---- model: what learns is float32; the arithmetic is in the compute type ----
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
@@ -187,6 +214,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
     model.projector.requires_grad_(True)
     model.language_model.requires_grad_(recipe.train_llm)
     model.to(device).train()
+    if recipe.after_control != "auto":
+        model.tokenizer.after_control = recipe.after_control
 
     # ---- data: the same global batches, in the same order, for any number of processes ----
     if recipe.data == str(TINY / "data" / f"stage{stage}.json") and not Path(recipe.data).exists():
@@ -203,17 +232,20 @@ def train(stage: int, resume: bool, recipe: Recipe):
         recipe.template,
         image_config,
         recipe.max_length,
+        model.config.n_visual,
+        recipe.on_long,
+        recipe.on_bad,
+        recipe.image_order,
+        recipe.seed,
     )
-    lengths = samples.lengths()
-    per_epoch = len(lengths) // recipe.batch
-    total = int(per_epoch * recipe.epochs)
+    packing = recipe.batching == "packed"
+    lengths = samples.lengths(recipe.workers) if packing else samples.records.words
+    epochs = [plan(recipe, lengths, samples.records, e) for e in range(math.ceil(recipe.epochs))]
+    total = int(len(epochs[0]) * recipe.epochs)
     if total == 0:
-        raise ValueError(f"{recipe.data} has {len(lengths)} records, a batch takes {recipe.batch}")
-    order = [
-        batch[rank::world]
-        for epoch in range(math.ceil(recipe.epochs))
-        for batch in data.batch_order(lengths, recipe.batch, recipe.seed, epoch)
-    ]
+        raise ValueError(f"--epochs {recipe.epochs} of {len(epochs[0])} batches is not one step")
+    hands = [batches.deal(batch, lengths, world) for batches_of in epochs for batch in batches_of]
+    order = [hand[rank] for hand in hands[:total]]
 
     # ---- optimizer, and FSDP2 if there are several processes ----
     if parallel:
@@ -235,7 +267,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
 
     # ---- resume: weights, optimizer, random state and place in the data ----
     out = Path(recipe.out)
-    state_file, start = out / "resume.pt", 0
+    state_file, start, lost = out / "resume.pt", 0, [0, 0]  # skipped records, cut turns
     whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     if resume:
         state = torch.load(state_file, weights_only=True) if state_file.exists() else None
@@ -247,13 +279,14 @@ def train(stage: int, resume: bool, recipe: Recipe):
         dcp.set_model_state_dict(model, state["model"], options=relaxed)
         dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=relaxed)
         torch.set_rng_state(state["random"])
-        start = state["step"]
+        start, lost = state["step"], state["lost"]
 
     def save_state(step: int):
         model_state = dcp.get_model_state_dict(model, options=whole)
         optimizer_state = dcp.get_optimizer_state_dict(model, optimizer, options=whole)
         if main_process:
             state = {"step": step, "model": model_state, "optimizer": optimizer_state}
+            state["lost"] = lost
             state |= {"random": torch.get_rng_state(), "recipe": asdict(recipe)}
             torch.save(state, state_file.with_suffix(".tmp"))
             os.replace(state_file.with_suffix(".tmp"), state_file)
@@ -261,13 +294,13 @@ def train(stage: int, resume: bool, recipe: Recipe):
     # ---- the loop ----
     bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
     dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else DTYPES["bf16" if bf16 else "fp32"]
+    micro = recipe.micro_batch or recipe.batch
     loader = torch.utils.data.DataLoader(
         samples,
-        batch_sampler=order[start:total],
+        batch_sampler=order[start:],
         num_workers=recipe.workers,
         collate_fn=lambda rows: [
-            data.collate(rows[i : i + (recipe.micro_batch or len(rows))])
-            for i in range(0, len(rows), recipe.micro_batch or len(rows))
+            data.collate(rows[i : i + micro]) for i in range(0, len(rows), micro)
         ],
     )
     if main_process:
@@ -291,15 +324,30 @@ def train(stage: int, resume: bool, recipe: Recipe):
         )
     started = last_shown = time.time()
     for step, micro_batches in enumerate(loader, start):
+        # Every process takes as many backward passes as the one with most: FSDP waits for all.
+        most = math.ceil(max(map(len, hands[step])) / micro)
+        micro_batches += [data.collate([]) for _ in range(most - len(micro_batches))]
+        bad, cut = zip(*(batch.pop("lost", ((), 0)) for batch in micro_batches), strict=True)
+        bad = [why for found in bad for why in found]
         rate = learning_rate(step, total, recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        n_learned = torch.tensor(
-            sum(int((b["labels"] != data.IGNORE).sum()) for b in micro_batches)
-        )
-        n_learned = n_learned.to(device)
+        n_learned = sum(int((b["labels"] != data.IGNORE).sum()) for b in micro_batches)
+        counts = torch.tensor([n_learned, len(bad), sum(cut)], device=device)
         if parallel:
-            dist.all_reduce(n_learned)
+            dist.all_reduce(counts)
+        n_learned, *new = counts.tolist()
+        lost = [before + now for before, now in zip(lost, new, strict=True)]
+        if bad:
+            with open(out / "skipped.txt", "a") as file:
+                file.writelines(f"{why}\n" for why in bad)
+        if lost[0] > recipe.max_bad:
+            raise ValueError(
+                f"{lost[0]} records were skipped up to step {step}, more than --max-bad "
+                f"{recipe.max_bad}; {out / 'skipped.txt'} says why"
+            )
+        if n_learned == 0:
+            raise ValueError(f"step {step} has no token to learn from, see {out / 'skipped.txt'}")
         loss = torch.zeros((), device=device)
         for batch in micro_batches:
             batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -314,7 +362,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
         if not torch.isfinite(loss + norm):
             raise ValueError(
                 f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; stopped before "
-                f"the update. The records are {order[step]}; try a lower --lr"
+                f"the update. The records are {hands[step]}; try a lower --lr"
             )
         if recipe.clip:
             torch.nn.utils.clip_grads_with_norm_(trainable, recipe.clip, norm)
@@ -326,6 +374,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
             per_second = done * recipe.batch / seconds
             row = {"step": step, "loss": round(loss.item(), 5), "grad_norm": round(norm.item(), 4)}
             row |= {"lr": recipe.lr * rate, "samples_per_s": round(per_second, 2)}
+            row |= {"skipped": lost[0], "cut_turns": lost[1]} if any(lost) else {}
             print(json.dumps(row), file=log, flush=True)
             if time.time() - last_shown > 5 or step + 1 == total:
                 last_shown = time.time()
@@ -347,6 +396,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
         ids = source.config.token_ids()
         checkpoint.save(out, "llava", weights, asdict(config), words, dtype, ids)
         state_file.unlink(missing_ok=True)
+        if any(lost):
+            say(f"skipped {lost[0]} records (see skipped.txt) and cut {lost[1]} turns of long ones")
         say(f"saved {out}")
     if parallel:
         dist.barrier()

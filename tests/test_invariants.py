@@ -279,7 +279,7 @@ IMAGES = [[WAVE, DISC.resize((80, 60))], [], [DISC]]
 @pytest.fixture
 def talker(llava):
     """A model to generate with; no token ends its answers."""
-    llava.tokenizer = SimpleNamespace(eos_id=-1)
+    llava.tokenizer = SimpleNamespace(eos_id=-1, vocab_size=99)
     return llava
 
 

@@ -142,7 +142,8 @@ def test_micro_batches_follow_the_loss_curve_of_whole_batches(start, stage1, sta
         (("--template", "v7"), "no template is called 'v7'"),
         (("--data", "nowhere.json"), "no data file at nowhere.json"),
         (("--batch", "0"), "--batch must be more than 0"),
-        (("--batch", "9999"), "a batch takes 9999"),
+        (("--epochs", "0.01"), "is not one step"),
+        (("--batching", "best"), "--batching is one of length, modality, packed"),
     ],
 )
 def test_a_mistake_is_one_sentence(start, stage1, tmp_path, more, complaint):

@@ -39,7 +39,8 @@ import world
 import checkpoint
 import image
 import tokenizer
-from data import IGNORE, batch_order, encode
+from batches import by_length
+from data import IGNORE, encode
 from image import ImageConfig
 from llama import LLaMA, LLaMAConfig
 from templates import TEMPLATES
@@ -182,7 +183,7 @@ def drill(random, words, in_full: bool) -> tuple[list[int], list[int]]:
 def text_batches(batch: int, words, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The batches of 16 steps: neighbours in length share a batch, so that little is padding."""
     rows = [written_sample(TRAIN, i, words) for i in range(step * batch, (step + 16) * batch)]
-    order = batch_order([len(ids) for ids, _ in rows], batch, TRAIN, step)
+    order = by_length([len(ids) for ids, _ in rows], batch, TRAIN, step)
     return [padded([rows[i] for i in numbers]) for numbers in order]
 
 
