@@ -13,13 +13,13 @@ import batches
 from data import IGNORE, Conversations, progress
 from records import files_of
 
-# The response-format prompts of LLaVA-1.5 (arXiv 2310.03744, table 7).
+# The response-format prompts of LLaVA-1.5 (arXiv 2310.03744, table 7), in small letters.
 FORMATS = (
-    "Answer the question using a single word or phrase.",
-    "Answer with the option's letter from the given choices directly.",
-    "Provide a one-sentence caption for the provided image.",
-    "Provide a short description for this region.",
-    "Provide the bounding box coordinate of the region this sentence describes.",
+    "answer the question using a single word or phrase",
+    "answer with the option's letter from the given choices directly",
+    "provide a one-sentence caption for the provided image",
+    "provide a short description for this region",
+    "provide the bounding box coordinate of the region this sentence describes",
 )
 GREEN, PLAIN = "\033[32m", "\033[0m"
 BARS = 12  # rows of the histogram
@@ -37,7 +37,7 @@ class Findings(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> dict:
         record = self.samples.records[index]
         files, turns = files_of(record), record["conversations"]
-        text = "\n".join(turn["value"] for turn in turns)
+        text = "\n".join(turn["value"] for turn in turns).lower()
         found = {
             "source": files[0].rpartition("/")[0] or "." if files else "text alone",
             "formats": [prompt for prompt in FORMATS if prompt in text],

@@ -271,7 +271,7 @@ def test_a_check_finds_what_training_would_trip_over(tmp_path):
     assert "record 2 (id None)" in said and "cut.jpg" in said
     assert "1 records (25.00 %) are too long and lose questions" in said
     assert "1 records begin with an answer" in said
-    assert re.search(r"single word or phrase\. +1\n", said)
+    assert re.search(r"single word or phrase +1\n", said)
     assert re.search(r"text alone +2 ", said) and re.search(r"\n\. +2 ", said)
 
 
