@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 KINDS = ("length", "modality", "packed")
-POOL = 4096  # samples among which rows are filled
+POOL = 4096  # samples, or groups about one picture, among which rows are filled
 
 
 def generator(seed: int, epoch: int) -> torch.Generator:
@@ -78,16 +78,16 @@ def packed(lengths, pictures, row_length: int, n_rows: int, seed: int, epoch: in
         i = int(np.argmax(lengths))
         raise ValueError(f"sample {i} has {lengths[i]} tokens, a row {row_length}")
     random = generator(seed, epoch)
+    together = defaultdict(list)
+    for i, picture in enumerate(pictures):
+        together[int(picture) or ~i].append(i)
+    items = []
+    for samples in together.values():
+        fits = total(tuple(samples), lengths) <= row_length
+        items += [tuple(samples)] if fits else [(i,) for i in samples]
     rows = []
-    for pool in cut(torch.randperm(len(lengths), generator=random).tolist(), POOL):
-        together = defaultdict(list)
-        for i in pool:
-            together[int(pictures[i]) or ~i].append(i)
-        items = []
-        for samples in together.values():
-            fits = total(tuple(samples), lengths) <= row_length
-            items += [tuple(samples)] if fits else [(i,) for i in samples]
-        rows += fill(items, lengths, row_length)
+    for pool in cut(shuffled(items, random), POOL):
+        rows += fill(pool, lengths, row_length)
     return cut(shuffled(rows, random), n_rows)
 
 
@@ -169,7 +169,7 @@ def main():
     ways = {
         "length": cut(sum(by_length(lengths, 128, 0, 0), []), 16),
         "modality": cut(sum(by_modality(lengths, pictures, 128, 0, 0), []), 16),
-        "packed": packed(lengths, pictures, 2048, 16, 0, 0),
+        "packed": packed(lengths, pictures, 8192, 4, 0, 0),
     }
     for name, batches in ways.items():
         print(

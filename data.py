@@ -167,7 +167,8 @@ class Conversations(torch.utils.data.Dataset):
     """Records of an official file, each encoded and its pictures loaded when asked for.
 
     path, images: the file (see records.py) and the folder that its picture paths start from
-    n_visual:     a function, (width, height) of a picture -> how many visual words it becomes
+    n_visual:     a function, (width, height) of a picture -> how many visual words it becomes;
+                  None: it counts as one
     max_length:   most tokens of a sample, those of its pictures included
     on_long:      a longer sample is an "error", or "cut" at its end by whole questions with answers
     on_bad:       a bad record is an "error", or "skip": then {"bad": why} stands for the sample
@@ -182,7 +183,7 @@ class Conversations(torch.utils.data.Dataset):
         template,
         image_config,
         max_length=None,
-        n_visual=lambda size: 1,
+        n_visual=None,
         on_long="error",
         on_bad="error",
         image_order="first",
@@ -190,7 +191,7 @@ class Conversations(torch.utils.data.Dataset):
     ):
         self.path, self.images, self.records = path, Path(images), Records(path)
         self.tokenizer, self.template = tokenizer, template
-        self.image_config, self.n_visual = image_config, n_visual
+        self.image_config, self.n_visual = image_config, n_visual or one_word
         self.max_length, self.on_long, self.on_bad = max_length, on_long, on_bad
         self.image_order, self.seed = image_order, seed
 
@@ -279,6 +280,10 @@ class Lengths(torch.utils.data.Dataset):
         except ValueError:
             return 0
         return len(ids) + sum(self.samples.n_visual(size) - 1 for size in sizes)
+
+
+def one_word(size) -> int:
+    return 1
 
 
 def refuse(text: str):

@@ -136,3 +136,14 @@ def spelled(ids: list[int], samples: Conversations, sizes):
             yield from (f"[{samples.n_visual(next(sizes))}×img]" for _ in run)
         else:
             yield words.decode([*letter, *run])[1:] if name is None else name * len(run)
+
+
+def main():
+    print("python data.py --check FILE, or --show FILE; see python data.py --help")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    main()

@@ -234,7 +234,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
         recipe.max_length,
         model.config.n_visual,
         recipe.on_long,
-        recipe.on_bad,
+        "skip",  # what is done about a bad record is decided in the loop
         recipe.image_order,
         recipe.seed,
     )
@@ -305,6 +305,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
     )
     if main_process:
         out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (out / "skipped.txt").unlink(missing_ok=True)
         counts = {
             name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
         }
@@ -332,6 +334,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
         rate = learning_rate(step, total, recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
+        if bad and recipe.on_bad == "error":
+            raise ValueError(bad[0])
         n_learned = sum(int((b["labels"] != data.IGNORE).sum()) for b in micro_batches)
         counts = torch.tensor([n_learned, len(bad), sum(cut)], device=device)
         if parallel:

@@ -135,6 +135,40 @@ def test_micro_batches_follow_the_loss_curve_of_whole_batches(start, stage1, sta
     assert torch.allclose(one, two, rtol=1e-3)
 
 
+def spoiled(start, folder, *numbers):
+    """The stage 2 data with missing pictures in some records; returns the flag."""
+    records = json.loads((start / "data" / "stage2.json").read_text())
+    for number in numbers:
+        records[number]["image"] = f"gone{number}.jpg"
+    (folder / "spoiled.json").write_text(json.dumps(records))
+    return "--data", folder / "spoiled.json"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_record_stops_training_with_one_sentence(start, stage1, tmp_path, workers):
+    flags = spoiled(start, tmp_path, 5)
+    said = stage(2, start, tmp_path, "--model", stage1, *flags, "--workers", workers, fails=True)
+    assert "record 5 (id" in said and "gone5.jpg" in said and "Traceback" not in said
+
+
+def test_skipped_records_are_counted_listed_and_capped(start, stage1, tmp_path):
+    flags = (*spoiled(start, tmp_path, 5, 7), "--on-bad", "skip", "--model", stage1)
+    said = stage(2, start, tmp_path, *flags)
+    assert "skipped 2 records" in said
+    listed = (tmp_path / "skipped.txt").read_text().splitlines()
+    assert len(listed) == 2 and any("gone7.jpg" in line for line in listed)
+    said = stage(2, start, tmp_path, *flags, "--max-bad", 1, fails=True)
+    assert "2 records were skipped" in said and "more than --max-bad 1" in said
+
+
+def test_packed_training_runs_and_resumes_from_the_same_plan(start, stage1, tmp_path):
+    packing = ("--batching", "packed", "--row-length", 600, "--batch", 4, "--model", stage1)
+    said = stage(2, start, tmp_path, *packing)
+    assert "saved" in said
+    curve = losses(tmp_path)
+    assert sum(curve[-5:]) < sum(curve[:5])
+
+
 @pytest.mark.parametrize(
     ("more", "complaint"),
     [
