@@ -132,6 +132,7 @@ def encode(conversations, tokenizer, template, max_length=None, image_last=False
 
     Ids and labels are the original's (1.2.2), but where it goes wrong: a sample whose text contains
     "</s>", "<unk>" or " ASSISTANT: ", and nearly every sample of ChatML, is there masked whole.
+    (LLaVA-NeXT's for LLaMA 3 learns the control tokens of questions too; ours those of answers.)
     """
     turns = [(turn["from"], turn["value"]) for turn in conversations]
     if turns and turns[0][0] == "gpt":

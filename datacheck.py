@@ -6,6 +6,7 @@ what training would trip over. Show prints what the model reads, and in green wh
 
 import itertools
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import torch
 
@@ -42,6 +43,7 @@ class Findings(torch.utils.data.Dataset):
             "source": files[0].rpartition("/")[0] or "." if files else "text alone",
             "formats": [prompt for prompt in FORMATS if prompt in text],
             "led": bool(turns) and turns[0]["from"] == "gpt",
+            "gif": any(is_misnamed_gif(self.samples.images / file) for file in files),
             "length": 0,
         }
         sample = self.samples[index]
@@ -51,6 +53,14 @@ class Findings(torch.utils.data.Dataset):
         length += sum(self.samples.n_visual(size) - 1 for size in sample["image_sizes"])
         learned = int((sample["labels"] != IGNORE).sum())
         return found | {"length": length, "learned": learned, "cut": sample["cut"]}
+
+
+def is_misnamed_gif(file: Path) -> bool:
+    """Some of OCR-VQA's .jpg are GIFs. They are read as what they are, unless they move."""
+    if file.suffix.lower() == ".gif" or not file.is_file():
+        return False
+    with open(file, "rb") as opened:
+        return opened.read(4) == b"GIF8"
 
 
 def check(samples: Conversations, workers: int, row_length: int) -> int:
@@ -73,6 +83,7 @@ def check(samples: Conversations, workers: int, row_length: int) -> int:
     print(f"{sum(lengths):,} tokens, {sum(item['learned'] for item in good):,} of them learned")
     print(f"{cut:,} records ({100 * cut / len(good):.2f} %) are too long and lose questions")
     print(f"{led:,} records begin with an answer, which is left out")
+    print(f"{sum(item['gif'] for item in found):,} pictures are GIFs under another name")
     tables(found, good, lengths)
     pictures = samples.records.pictures[["bad" not in item for item in found]]
     row_length = max(row_length, *lengths)
@@ -80,7 +91,7 @@ def check(samples: Conversations, workers: int, row_length: int) -> int:
     seen = sum(len({pictures[i] for i in row} - {0}) for row in rows)
     padding = 100 * (1 - sum(lengths) / (len(rows) * row_length))
     print(f"\npacked: {len(rows):,} rows of {row_length} tokens, {padding:.1f} % padding;", end=" ")
-    print(f"{seen:,} pictures read for {(pictures != 0).sum():,} records")
+    print(f"{seen:,} pictures through the tower for {(pictures != 0).sum():,} records")
     return len(bad)
 
 

@@ -141,7 +141,8 @@ def pieces(turns, template: str) -> list[tuple[str, bool, bool]]:
 def training_pieces(turns, template: str) -> list[tuple[str, bool, bool]]:
     """The same for training, where the models on Vicuna v0 wrote and learned other strings.
 
-    They learned to write the "###" between turns, and a speaker's name:
+    They learned to write the "###" between turns, and a speaker's name. (1.2.2 of the original
+    takes `--version v0`, and then trains with v1's strings and masks.)
 
         A chat ...\\n\\n### Human: What is this?\\n### Assistant: A cat.\\n###
         learn         ^^^                        ^^^^^^^^^^^^^^^^^^^^^^^^^^

@@ -265,14 +265,16 @@ def test_a_check_finds_what_training_would_trip_over(tmp_path):
         {"conversations": talk("<image>\nWhat?", "a"), "image": "cut.jpg"},
         {"conversations": talk("<image>\n" + "How? " * 99, "so", "And?", "long " * 999), **picture},
         {"conversations": [{"from": "gpt", "value": "Hi."}, *talk("What?", "a")]},
+        {"conversations": talk("<image>\nWhat?", "a"), "image": "still.jpg"},
     )
     code, said, _ = command("--check", file, "--images", tmp_path, "--workers", 2)
-    assert code == 1 and "5 records, 1 bad" in said
+    assert code == 1 and "6 records, 1 bad" in said
     assert "record 2 (id None)" in said and "cut.jpg" in said
-    assert "1 records (25.00 %) are too long and lose questions" in said
+    assert "1 records (20.00 %) are too long and lose questions" in said
     assert "1 records begin with an answer" in said
+    assert "1 pictures are GIFs under another name" in said
     assert re.search(r"single word or phrase +1\n", said)
-    assert re.search(r"text alone +2 ", said) and re.search(r"\n\. +2 ", said)
+    assert re.search(r"text alone +2 ", said) and re.search(r"\n\. +3 ", said)
 
 
 def test_a_mistake_in_a_check_is_one_sentence(tmp_path):
