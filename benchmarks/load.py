@@ -102,7 +102,7 @@ def load(folder: str):
     peak = memory("VmHWM")
 
     class Words:
-        bos_id, eos_id = 1, 2
+        bos_id, eos_id, vocab_size = 1, 2, 32000
 
     model.tokenizer = Words()
     started = time.perf_counter()

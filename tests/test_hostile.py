@@ -14,14 +14,25 @@ import resource
 import shutil
 import struct
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import original
 import pytest
 import torch
-from test_layouts import VISION, openai_names, randomised, script, write_meta
+from test_layouts import (
+    TINY,
+    VISION,
+    openai_names,
+    randomised,
+    script,
+    write_base,
+    write_lora,
+    write_meta,
+)
 
-from checkpoint import Checkpoint, CheckpointError
+from checkpoint import Checkpoint, CheckpointError, convert
 from llama import LLaMA, LLaMAConfig
 from llava import LLaVA
 from vit import ViT
@@ -203,20 +214,29 @@ def test_deep_and_huge_json_is_refused(tmp_path):
 # ---- fuzz -----------------------------------------------------------------------------------
 
 
-def small_files(folder: Path) -> list[tuple[Path, type]]:
-    """(file to damage, model that its folder holds): each kind of file that is read."""
-    found = []
+def small_files(folder: Path) -> list[tuple[Path, Callable]]:
+    """(file to damage, a function that loads it with the rest): each kind of file there is."""
+    loaders = {}
     for kind in ("v1.5", "v1.6"):
         out = original.write(kind, folder)
-        found += [(file, LLaVA) for file in sorted(out.iterdir())]
+        loaders[out] = partial(LLaVA.from_pretrained, out)
+        shutil.copy(TINY / "llama" / "tokenizer.model", out)
+        convert(out, folder / f"{kind}-hf")
+        loaders[folder / f"{kind}-hf"] = partial(LLaVA.from_pretrained, folder / f"{kind}-hf")
+    lora, base = folder / "lora", write_base(folder / "base")
+    shutil.copytree(folder / "v1.5", lora)
+    write_lora(lora)
+    loaders[lora] = partial(LLaVA.from_pretrained, lora, base=base)
     config = LLaMAConfig(
         vocab_size=16, dim=16, mlp_dim=16, n_layers=1, n_heads=2, n_kv_heads=1, max_positions=4096
     )
     write_meta(randomised(LLaMA(config)), folder / "meta", 2, 2)
-    found += [(file, LLaMA) for file in sorted((folder / "meta").iterdir())]
+    loaders[folder / "meta"] = partial(LLaMA.from_pretrained, folder / "meta")
     (folder / "clip").mkdir()
-    script(openai_names(randomised(ViT(VISION)).state_dict()), folder / "clip" / "ViT.pt")
-    return [*found, (folder / "clip" / "ViT.pt", ViT)]
+    file = folder / "clip" / "ViT.pt"
+    script(openai_names(randomised(ViT(VISION)).state_dict()), file)
+    loaders[file.parent] = partial(ViT.from_pretrained, file)
+    return [(file, load) for path, load in loaders.items() for file in sorted(path.iterdir())]
 
 
 def damage(content: bytes, chance: random.Random) -> bytes:
@@ -245,12 +265,11 @@ def test_fuzz_damaged_files_load_or_raise_a_value_error(tmp_path):
     files, chance = small_files(tmp_path), random.Random(int(os.environ.get("FUZZ_SEED", 0)))
     refused, before = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in range(cases):
-        file, kind = files[case % len(files)]
+        file, load = files[case % len(files)]
         good = file.read_bytes()
         file.write_bytes(damage(good, chance))
-        path = file if kind is ViT else file.parent
         try:
-            kind.from_pretrained(path)
+            load()
         except ValueError:
             refused += 1
         except Exception as error:

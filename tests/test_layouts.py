@@ -353,22 +353,30 @@ def test_a_lone_projector_joins_its_base(tmp_path, v15):
     assert_same(LLaVA.from_pretrained(v15, base=base).state_dict(), whole.state_dict())
 
 
-def test_a_lora_is_merged_into_its_base(tmp_path, v15):
-    whole, base = LLaVA.from_pretrained(v15).state_dict(), write_base(tmp_path / "base")
-    for file in v15.glob("pytorch_model*"):
+def write_lora(folder: Path) -> tuple[dict, dict]:
+    """Make a LoRA of a whole LLaVA's folder: its tensors, and the weights that they change."""
+    for file in folder.glob("pytorch_model*"):
         file.unlink()
-    tensors, expected = {}, dict(whole)
+    tensors, changed = {}, {}
     for name, weight in original.decoder_tensors(original.HEADS).items():
         if "_proj" in name:
             a = original.tensor(name + "A", 4, weight.shape[1])
             b = original.tensor(name + "B", weight.shape[0], 4)
             stem = f"base_model.model.{name.removesuffix('weight')}"
             tensors |= {f"{stem}lora_A.weight": a, f"{stem}lora_B.weight": b}
-            expected[name.replace("model.", "language_model.", 1)] = weight + 8 / 4 * (b @ a)
-    save_file(tensors, v15 / "adapter_model.safetensors")
-    (v15 / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8, "bias": "none"}))
+            changed[name.replace("model.", "language_model.", 1)] = weight + 8 / 4 * (b @ a)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"r": 4, "lora_alpha": 8, "bias": "none"}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
     extra = {f"base_model.model.{k}": v for k, v in original.projector_tensors("v1.5").items()}
-    torch.save(extra, v15 / "non_lora_trainables.bin")
+    torch.save(extra, folder / "non_lora_trainables.bin")
+    return tensors, changed
+
+
+def test_a_lora_is_merged_into_its_base(tmp_path, v15):
+    whole, base = LLaVA.from_pretrained(v15).state_dict(), write_base(tmp_path / "base")
+    tensors, changed = write_lora(v15)
+    expected = whole | changed
     loaded = LLaVA.from_pretrained(v15, base=base).state_dict()
     assert loaded.keys() == expected.keys()
     for name, tensor in expected.items():
