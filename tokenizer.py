@@ -61,7 +61,7 @@ def load(path) -> "SentencePiece | ByteBPE":
         return read_json(content, file)
     if re.match(rb"[A-Za-z0-9+/]+=* \d+\n", content):
         return read_tiktoken(content, file)
-    return SentencePiece(content, file, added_tokens(file.parent), after_control(file.parent))
+    return SentencePiece(content, file, added_tokens(file.parent), *habits(file.parent))
 
 
 def added_tokens(folder: Path) -> dict[str, int]:
@@ -87,11 +87,15 @@ def added_tokens(folder: Path) -> dict[str, int]:
     return found
 
 
-def after_control(folder: Path) -> str:
-    """What the `legacy` key of a folder's tokenizer_config.json asks for; absent, it is true."""
+def habits(folder: Path) -> tuple[str, bool]:
+    """How to tokenise after a control token, and whether texts begin with one.
+
+    Both are in tokenizer_config.json: `legacy` and `add_bos_token`, which are true where absent.
+    """
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_bytes()) if file.is_file() else {}
-    return "joined" if config.get("legacy") is False else "spaced"
+    after_control = "joined" if config.get("legacy") is False else "spaced"
+    return after_control, config.get("add_bos_token") is not False  # false for Yi
 
 
 class SentencePiece:
@@ -107,8 +111,8 @@ class SentencePiece:
 
     image_frame = ()  # tokens around each picture: <im_start>, <im_end> in the first models
 
-    def __init__(self, content: bytes, file, added=None, after_control: str = "spaced"):
-        """`added`: {token: id} that are no pieces of the model, such as Yi's <|im_start|>."""
+    def __init__(self, content: bytes, file, added=None, after_control="spaced", add_bos=True):
+        """`added`: {token: id} that are no pieces of the model, such as <|im_start|>."""
         import sentencepiece
 
         self.after_control = after_control
@@ -127,6 +131,8 @@ class SentencePiece:
         self.vocab_size = max([n - 1, *self.added.values()]) + 1
         ends = self.model.bos_id(), self.model.eos_id()  # -1: the model has none
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in ends)
+        if not add_bos:
+            self.bos_id = None
 
     def encode(self, text: str, bos: bool = False, eos: bool = False) -> list[int]:
         """Text -> ids; see `frame` for `bos` and `eos`."""

@@ -121,11 +121,16 @@ def at_336(model):
 CHATML, FRAME = ("<|im_start|>", "<|im_end|>"), ("<im_start>", "<im_end>")
 
 
+def mistral_file() -> Path:
+    """A real sentencepiece model of 32,000 pieces."""
+    mistral_common = pytest.importorskip("mistral_common", reason="wants Python 3.11")
+    return Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """A function (legacy, added tokens) -> tokenizer."""
-    mistral_common = pytest.importorskip("mistral_common", reason="wants Python 3.11")
-    file = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+    file = mistral_file()
 
     @functools.cache
     def load(legacy: bool | None = True, added=CHATML):
@@ -161,6 +166,26 @@ def test_without_the_legacy_key_a_tokenizer_is_legacy(words):
         data.encode_turns(turns, words(key), "v1")[0] for key in (None, True, False)
     )
     assert absent == legacy != new
+
+
+def test_yis_prompts_are_those_of_llava_16_34b(tmp_path):
+    """Recorded in transformers' own test of llava-v1.6-34b: no begin-of-sequence, no extra spaces.
+
+    Yi's file puts no space before a text; here another file is told not to.
+    """
+    (tmp_path / "tokenizer.model").write_bytes(mistral_file().read_bytes() + b"\x1a\x02\x18\x00")
+    added = {token: 32000 + i for i, token in enumerate(CHATML)}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    known = tokenizer.load(tmp_path)
+    turns = [("human", "<image>\nWhat is shown in this image?")]
+    ids, _ = data.encode_turns(turns, known, "chatml_direct")
+    spelled = ["<image>" if i < 0 else known.name_of(i) or known.model.id_to_piece(i) for i in ids]
+    start, end = CHATML
+    assert "".join(spelled).replace("<0x0A>", "\n") == (
+        f"{start}system\nAnswer▁the▁questions.{end}{start}user\n<image>\nWhat▁is▁shown▁in▁this"
+        f"▁image?{end}{start}assistant\n"
+    )
 
 
 def test_the_third_form_is_that_of_transformers_4_31(words):
