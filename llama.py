@@ -13,12 +13,15 @@ padded batches and packed sequences all go through `visible_keys` below.
 Read next: llava.py, which puts pictures into the sequence.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as checkpointed
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import checkpoint
 
@@ -190,8 +193,23 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def recomputed(block, *inputs, everything: bool):
+    """Run a block in training without keeping what is inside it: backward computes it again.
+
+    Of an activation checkpointed block only the input stays in memory ("full"). Matrix products are
+    most of the time and few of the tensors: with everything=False they are kept, the rest is not.
+    """
+    how = {}
+    if not everything:
+        products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+        how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, products)
+    return checkpointed(block, *inputs, use_reentrant=False, **how)
+
+
 class LLaMA(nn.Module):
     """The decoder. Parameter names are Hugging Face's, less the prefix `model.`."""
+
+    recompute = "none"  # in training, what backward computes again: none, selective, full
 
     def __init__(self, config: LLaMAConfig):
         super().__init__()
@@ -248,7 +266,10 @@ class LLaMA(nn.Module):
             visible = visible[:, None]  # (B, 1, T, S)
         rope = rope_tables(positions, self.config, x.dtype)
         for block in self.layers:
-            x = block(x, rope, visible, cache)
+            if self.recompute == "none" or not self.training:
+                x = block(x, rope, visible, cache)
+            else:
+                x = recomputed(block, x, rope, visible, cache, everything=self.recompute == "full")
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as checkpointed
 
 import checkpoint
 import tokenizer
@@ -31,6 +32,8 @@ from image import ImageConfig, choose_grid
 from llama import LLaMA, LLaMAConfig
 from projector import build_projector
 from vit import ViT, ViTConfig
+
+LOSS_CHUNK = 4096  # supervised tokens whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -215,8 +218,18 @@ class LLaVA(nn.Module):
         supervised = target != IGNORE
         if not supervised.any() and reduction == "mean":
             raise ValueError("no token of the batch is supervised, so there is no mean loss")
-        logits = self.language_model.head(hidden[:, :-1][supervised])  # (supervised, V)
-        return F.cross_entropy(logits.float(), target[supervised], reduction=reduction)
+        hidden, target = hidden[:, :-1][supervised], target[supervised]  # (supervised, D)
+        chunks = list(zip(hidden.split(LOSS_CHUNK), target.split(LOSS_CHUNK), strict=True))
+        if len(chunks) == 1:
+            total = self.cross_entropy(hidden, target)
+        else:  # the logits of one chunk at a time; backward computes them again
+            total = sum(checkpointed(self.cross_entropy, *c, use_reentrant=False) for c in chunks)
+        return total / len(target) if reduction == "mean" else total
+
+    def cross_entropy(self, hidden, target):
+        """Summed over float[n, D] and int[n] -> scalar."""
+        logits = self.language_model.head(hidden)  # (n, V)
+        return F.cross_entropy(logits.float(), target, reduction="sum")
 
     def embed(
         self,

@@ -2,187 +2,155 @@
 
     python train.py --stage 1     teach the projector: picture -> caption, all else frozen
     python train.py --stage 2     teach projector and language model to answer questions
-    torchrun --nproc-per-node 8 train.py --stage 2 ...     the same under FSDP2
+    torchrun --nproc-per-node 8 train.py --config llava-1.5-7b --stage 2 --data FILE --images DIR
 
 Without further arguments this trains the tiny model on the tiny world (tiny/), on whatever hardware
-is there. Papers: LLaVA (arXiv 2304.08485, section 4.2) and LLaVA-1.5 (arXiv 2310.03744).
+is there. recipes.py has the official runs. Papers: LLaVA (arXiv 2304.08485, section 4.2) and
+LLaVA-1.5 (arXiv 2310.03744).
 
 The loss is the mean over the supervised tokens of the whole global batch, however these are spread
 over processes and micro-batches. (The original averages each micro-batch and then averages the
-averages, so that a token counts more in a batch with few of them.)
+averages, so that a token counts more in a batch with few of them: `--average-batches`.)
+
+A run can be stopped at any moment: Ctrl-C and SIGTERM save before they end it, and what a kill
+leaves behind is the last saved state, whole. `--resume` goes on from there, on any number of
+processes, with exactly the batches that would have come.
 """
 
 import argparse
 import json
 import math
 import os
+import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint.state_dict as dcp
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 import batches
 import checkpoint
 import data
+import lora
 import tokenizer
 from image import ImageConfig
+from layouts import stored_name
 from llama import LLaMA
 from llava import LLaVA, LLaVAConfig
+from recipes import TINY, Recipe, add_flags, recipe_of
 from vit import ViT
 
-TINY = Path(__file__).parent / "tiny"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-CHOICES = {
-    "batching": batches.KINDS,
-    "on_long": ("error", "cut"),
-    "on_bad": ("error", "skip"),
-    "image_order": ("first", "random"),
-    "after_control": ("auto", "spaced", "joined", "stripped"),
-}
-
-
-def flag(default, text: str):
-    """A field of the recipe that is a flag of the command line too."""
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One training run. Every field is a flag: `--batch 64` replaces the value of the recipe."""
-
-    model: str = flag(
-        "", "LLaVA folder to start from, or a LLaMA folder (then with a new projector)"
-    )
-    vision_tower: str = flag("", "CLIP folder; needed with a LLaMA folder")
-    projector: str = flag("mlp2x_gelu", "kind of a new projector: linear, mlp2x_gelu")
-    data: str = flag("", "JSON file in the official format")
-    images: str = flag("", "folder that the records' picture paths start from")
-    out: str = flag("", "folder for the log, the resume state and the trained model")
-    template: str = flag("v1", "conversation template: plain in stage 1")
-    aspect: str = flag("pad", "crop or pad")
-    train_llm: bool = flag(True, "False: the projector alone learns (stage 1)")
-    epochs: float = flag(1.0, "passes over the data")
-    batch: int = flag(128, "samples per optimizer step, over all processes; packed: rows")
-    micro_batch: int = flag(
-        0, "samples or rows per process and backward pass; 0: as many as the batch needs"
-    )
-    batching: str = flag("length", f"which samples go together: {', '.join(batches.KINDS)}")
-    row_length: int = flag(8192, "tokens of a packed row")
-    lr: float = flag(2e-5, "highest learning rate of the language model")
-    projector_lr: float = flag(0.0, "of the projector; 0: the same")
-    warmup: float = flag(0.03, "share of the steps in which the rate rises; then a cosine to zero")
-    weight_decay: float = flag(0.0, "AdamW's")
-    clip: float = flag(0.0, "largest gradient norm; 0: never clipped, as in the original")
-    max_length: int = flag(2048, "most tokens in a record, those of its pictures included")
-    on_long: str = flag("error", "a longer record: error, or cut its last questions and answers")
-    on_bad: str = flag("error", "a bad record: error, or skip it and list it in skipped.txt")
-    max_bad: int = flag(100, "training stops when more records than this were skipped")
-    image_order: str = flag("first", "first; random: at either end of the question, as in v1")
-    after_control: str = flag("auto", "auto, or how the text after </s> is tokenised: tokenizer.py")
-    dtype: str = flag("auto", "compute type: bf16, fp32; auto: bf16 where the hardware has it")
-    workers: int = flag(0, "processes that load and decode pictures")
-    seed: int = flag(42, "of the new projector and of the order of the data")
-    save_every: int = flag(500, "steps between two resume states")
-    save_dtype: str = flag("fp16", "type of the saved model's tensors: fp16, bf16, fp32")
-
-    def __post_init__(self):
-        for name in ("batch", "epochs", "save_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be more than 0")
-        if self.dtype not in ("auto", *DTYPES) or self.save_dtype not in DTYPES:
-            raise ValueError(f"--dtype and --save-dtype are among {', '.join(DTYPES)}")
-        for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"--{name.replace('_', '-')} is one of {', '.join(values)}")
-
-
-TINY_WORLD = Recipe(
-    model=str(TINY / "weights" / "llama"),
-    vision_tower=str(TINY / "weights" / "vit"),
-    images=str(TINY / "data" / "images"),
-    max_length=1024,
-    clip=1.0,
-)
-RECIPES = {
-    # The tiny world: two laptop cores, minutes. Measured figures are in the README.
-    "tiny": {
-        1: replace(
-            TINY_WORLD,
-            data=str(TINY / "data" / "stage1.json"),
-            out="runs/stage1",
-            template="plain",
-            train_llm=False,
-            batch=64,
-            lr=2e-3,
-        ),
-        2: replace(
-            TINY_WORLD,
-            model="runs/stage1",
-            vision_tower="",
-            data=str(TINY / "data" / "stage2.json"),
-            out="runs/stage2",
-            batch=32,
-            lr=1e-3,
-        ),
-    },
-    # LLaVA-1.5 (section 3 and appendix A; 7B and 13B alike, 8 GPUs): --model, --data, --images and
-    # in stage 1 --vision-tower name the Vicuna-1.5, the data and the CLIP folder.
-    "llava-1.5": {
-        1: Recipe(template="plain", aspect="crop", train_llm=False, batch=256, lr=1e-3),
-        2: Recipe(batch=128, lr=2e-5, batching="modality", after_control="stripped"),
-    },
-}
-
-
-def parse() -> tuple[int, bool, Recipe]:
-    """The stage, whether to resume, and the recipe with the flags laid over it."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
-    parser.add_argument("--config", choices=RECIPES, default="tiny", help="recipe to start from")
-    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
-    for f in fields(Recipe):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        name = f"--{f.name.replace('_', '-')}"
-        parser.add_argument(name, **kind, help=f.metadata["help"])
-    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
-    stage, config, resume = (given.pop(name) for name in ("stage", "config", "resume"))
-    return stage, resume, replace(RECIPES[config][stage], **given)
+# What may differ when a run is resumed: it changes no batch and no gradient, but for rounding.
+FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile", "micro_batch"}
+FREE |= {"eval_data", "eval_every", "save_dtype", "max_bad", "on_bad"}
 
 
 def build_model(recipe: Recipe) -> LLaVA:
-    """A LLaVA folder as it is, or a LLaMA and a CLIP folder with a new projector between them."""
+    """A LLaVA as it is, or a LLaMA and a CLIP with a new projector between them; in float32."""
     source = checkpoint.Checkpoint(recipe.model)
     if source.part != "language_model":
-        return LLaVA.from_pretrained(recipe.model, recipe.vision_tower or None, torch.float32)
+        model = LLaVA.from_pretrained(recipe.model, recipe.vision_tower or None, torch.float32)
+        if recipe.aspect != "anyres" or model.config.image.aspect == "anyres":
+            return model
+        tiled = replace(model.config.image, aspect="anyres", grid_pinpoints=None)
+        whole, words = model, model.tokenizer
+        model = LLaVA(replace(model.config, image=tiled))
+        model.vision_tower, model.language_model = whole.vision_tower, whole.language_model
+        model.projector, model.tokenizer = whole.projector, words
+        return model
     if not recipe.vision_tower:
         raise ValueError(f"{recipe.model} is a language model only: add --vision-tower DIR")
     vit = ViT.from_pretrained(recipe.vision_tower, torch.float32)
     llama = LLaMA.from_pretrained(recipe.model, torch.float32)
-    size = vit.config.image_size
-    config = LLaVAConfig(vit.config, llama.config, ImageConfig(size), recipe.projector)
-    model = LLaVA(config)
+    pictures = ImageConfig(vit.config.image_size, recipe.aspect)
+    model = LLaVA(LLaVAConfig(vit.config, llama.config, pictures, recipe.projector))
     model.vision_tower, model.language_model = vit, llama
     model.tokenizer = tokenizer.load(source.path)
     return model
 
 
-def plan(recipe: Recipe, lengths, records, epoch: int) -> list:
+def freeze(model: LLaVA, recipe: Recipe, dtype: torch.dtype):
+    """Decide what learns: that stays float32, all else is kept in the compute type."""
+    model.requires_grad_(False)
+    model.projector.requires_grad_(True)
+    if hasattr(model, "image_newline"):
+        model.image_newline.requires_grad_(True)
+    model.vision_tower.requires_grad_(recipe.tower_lr > 0)
+    model.language_model.requires_grad_(recipe.train_llm)
+    if recipe.lora_rank:
+        sizes = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout
+        lora.add_lora(model.language_model, *sizes)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def parameter_groups(model: LLaVA, recipe: Recipe) -> list[dict]:
+    """What learns, by part: its peak rate, and weight decay for matrices only."""
+    rates = {
+        "projector": recipe.projector_lr or recipe.lr,
+        "language_model": recipe.lr,
+        "vision_tower": recipe.tower_lr,
+    }
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = name.partition(".")[0].replace("image_newline", "projector")
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            group = {"params": [], "name": part, "peak": rates[part], "weight_decay": decay}
+            groups.setdefault((part, decay), group)["params"].append(parameter)
+    return list(groups.values())
+
+
+def shard_model(model: LLaVA, recipe: Recipe, device: torch.device, dtype: torch.dtype):
+    """FSDP2: every block is cut into pieces, gathered where it is needed and let go again.
+
+    A frozen tower stays whole on every process. With --shard N each group of N processes holds a
+    copy of the model (HSDP): between nodes only gradients travel.
+    """
+    world, shard = dist.get_world_size(), recipe.shard or dist.get_world_size()
+    if world % shard:
+        raise ValueError(f"--shard {shard} does not divide the {world} processes")
+    shape, names = (world // shard, shard), ("replicate", "shard")
+    if shard == world:
+        shape, names = (world,), ("shard",)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    how = {"mesh": mesh} | ({} if dtype == torch.float32 else {"mp_policy": policy})
+    whole = set()
+    if recipe.tower_lr:
+        for block in model.vision_tower.layers:
+            fully_shard(block, **how)
+    else:
+        whole = set(model.vision_tower.parameters())
+    for block in model.language_model.layers:
+        fully_shard(block, **how)
+    fully_shard(model, ignored_params=whole, **how)
+    register_fsdp_forward_method(model, "loss")
+
+
+def plan(recipe: Recipe, lengths, pictures, epoch: int) -> list:
     """The global batches of an epoch: the same on every process, and after every restart."""
     size, seed = recipe.batch, recipe.seed
     if recipe.batching == "packed":
-        return batches.packed(lengths, records.pictures, recipe.row_length, size, seed, epoch)
+        return batches.packed(lengths, pictures, recipe.row_length, size, seed, epoch)
     if recipe.batching == "modality":
-        return batches.by_modality(lengths, records.pictures, size, seed, epoch)
+        return batches.by_modality(lengths, pictures, size, seed, epoch)
     return batches.by_length(lengths, size, seed, epoch)
 
 
@@ -194,157 +162,313 @@ def learning_rate(step: int, total: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
 
 
+# ---- states: what a stopped run goes on from ------------------------------------------------
+
+
+def newest_state(out: Path) -> Path | None:
+    """The last state that was saved whole: it got its name when it was complete."""
+    found = sorted(out.glob("states/step-*[0-9]"))
+    return found[-1] if found else None
+
+
+def save_state(out: Path, keep: int, model, optimizer, notes: dict):
+    """Write weights that learn, optimizer and random state, each process its own shards.
+
+    All of it goes to a temporary folder, which is renamed when it is complete; then the oldest
+    states are removed. Whenever the process dies, there is a whole state.
+    """
+    parallel = dist.is_initialized()
+    rank = dist.get_rank() if parallel else 0
+    target = out / "states" / f"step-{notes['step']:08}"
+    work = target.with_suffix(".tmp")
+    if rank == 0:
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
+    if parallel:
+        dist.barrier()
+    try:
+        dcp.save(tensors_of(model, optimizer), checkpoint_id=work, no_dist=not parallel)
+        torch.save(torch.get_rng_state(), work / f"random-{rank}.pt")
+    except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1][:200]
+        raise ValueError(
+            f"the state of step {notes['step']} could not be saved ({reason}); "
+            f"the one before is untouched: {newest_state(out) or 'there is none'}"
+        ) from None
+    if parallel:
+        dist.barrier()
+    if rank == 0:
+        (work / "notes.json").write_text(json.dumps(notes))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(work, target)
+        for old in sorted(out.glob("states/step-*[0-9]"))[:-keep]:
+            shutil.rmtree(old)
+    if parallel:
+        dist.barrier()
+
+
+def tensors_of(model, optimizer) -> dict:
+    options = dcp_state.StateDictOptions(ignore_frozen_params=True)
+    return {
+        "model": dcp_state.get_model_state_dict(model, options=options),
+        "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def load_state(out: Path, recipe: Recipe, model, optimizer) -> dict:
+    """Fill model and optimizer from the newest state; returns the notes it was saved with."""
+    state = newest_state(out)
+    if state is None:
+        raise ValueError(f"nothing to resume: there is no state in {out / 'states'}")
+    try:
+        notes = json.loads((state / "notes.json").read_text())
+    except (OSError, ValueError) as error:
+        raise unreadable(state, error) from None
+    now = asdict(recipe)
+    changed = [k for k, v in now.items() if k not in FREE and notes["recipe"].get(k) != v]
+    if changed:
+        raise ValueError(f"{state} was written with another --{', --'.join(changed)}")
+    tensors = tensors_of(model, optimizer)
+    try:
+        dcp.load(tensors, checkpoint_id=state, no_dist=not dist.is_initialized())
+    except (Exception, dcp.api.CheckpointException) as error:  # nearly anything, if it is damaged
+        raise unreadable(state, error) from None
+    options = dcp_state.StateDictOptions(strict=False, ignore_frozen_params=True)
+    dcp_state.set_model_state_dict(model, tensors["model"], options=options)
+    dcp_state.set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if (state / f"random-{rank}.pt").exists():
+        torch.set_rng_state(torch.load(state / f"random-{rank}.pt", weights_only=True))
+    return notes
+
+
+def unreadable(state: Path, error) -> ValueError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
+    return ValueError(f"{state} cannot be read ({reason}); remove it to go on from the one before")
+
+
+def export(model, recipe: Recipe, stage: int, image_config):
+    """Write the model in the llava-hf layout; stage 1 also the original's mm_projector.bin, and a
+    LoRA also by itself, under lora/."""
+    whole = dcp_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp_state.get_model_state_dict(model, options=whole)
+    if dist.is_initialized() and dist.get_rank() != 0:
+        return
+    out, source = Path(recipe.out), checkpoint.Checkpoint(recipe.model)
+    config = asdict(replace(model.config, image=image_config, template=recipe.template))
+    words, ids = tokenizer.files(source.path), source.config.token_ids()
+    if recipe.lora_rank:
+        base = checkpoint.hf_config("language_model", config["text"], torch.float16, ids)
+        base |= {
+            "model_type": "llava_llama",
+            "architectures": ["LlavaLlamaForCausalLM"],
+            "mm_vision_tower": recipe.vision_tower or str(source.path),
+            "mm_projector_type": config["projector"],
+            "mm_vision_select_layer": config["vision_layer"],
+            "mm_hidden_size": config["vision"]["dim"],
+            "image_aspect_ratio": recipe.aspect,
+        }
+        sizes = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout
+        lora.save_lora(out / "lora", weights, recipe.model, base, *sizes)
+        weights = lora.merged(weights, recipe.lora_alpha / recipe.lora_rank)
+    if stage == 1:
+        projector = {n: t for n, t in weights.items() if n.startswith("projector.")}
+        projector = {stored_name("llava", n): t for n, t in projector.items()}
+        torch.save(projector, out / "mm_projector.bin")
+    checkpoint.save(out, "llava", weights, config, words, DTYPES[recipe.save_dtype], ids)
+
+
 def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory used so far: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+# ---- the run ---------------------------------------------------------------------------------
 
 
 def train(stage: int, resume: bool, recipe: Recipe):
     # ---- processes and devices ----
     parallel = "RANK" in os.environ  # started by torchrun
     on_gpu = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     if parallel:
+        if on_gpu:
+            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if on_gpu else "gloo")
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
-    main_process = rank == 0
+    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    stopping = []  # the signals that asked to stop
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda number, _: stopping.append(number))
+
     # ---- model: what learns is float32; the arithmetic is in the compute type ----
+    bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
+    dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else DTYPES["bf16" if bf16 else "fp32"]
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
-    model.requires_grad_(False)
-    model.projector.requires_grad_(True)
-    model.language_model.requires_grad_(recipe.train_llm)
+    freeze(model, recipe, dtype)
+    counts = {
+        name: (sum(p.numel() for p in part.parameters() if p.requires_grad), part)
+        for name, part in model.named_children()
+    }
     model.to(device).train()
+    model.language_model.recompute = recipe.recompute
+    if recipe.compile:
+        for block in [*model.language_model.layers, *model.vision_tower.layers]:
+            block.compile(dynamic=True)
     if recipe.after_control != "auto":
         model.tokenizer.after_control = recipe.after_control
 
     # ---- data: the same global batches, in the same order, for any number of processes ----
     if recipe.data == str(TINY / "data" / f"stage{stage}.json") and not Path(recipe.data).exists():
-        if main_process:
+        if rank == 0:
             say("drawing the tiny world, once")
             subprocess.run([sys.executable, TINY / "make_data.py"], check=True)
         if parallel:
             dist.barrier()
     image_config = replace(model.config.image, aspect=recipe.aspect)
-    samples = data.Conversations(
-        recipe.data,
-        recipe.images,
-        model.tokenizer,
-        recipe.template,
-        image_config,
-        recipe.max_length,
-        model.config.n_visual,
-        recipe.on_long,
-        "skip",  # what is done about a bad record is decided in the loop
-        recipe.image_order,
-        recipe.seed,
-    )
-    packing = recipe.batching == "packed"
+    n_visual = replace(model.config, image=image_config).n_visual
+
+    def open_data(path: str) -> data.Conversations:
+        return data.Conversations(
+            path,
+            recipe.images,
+            model.tokenizer,
+            recipe.template,
+            image_config,
+            recipe.max_length,
+            n_visual,
+            recipe.on_long,
+            "skip",  # what is done about a bad record is decided in the loop
+            recipe.image_order,
+            recipe.seed,
+        )
+
+    def batches_of(samples, order):
+        micro = recipe.micro_batch or recipe.batch
+        return torch.utils.data.DataLoader(
+            samples,
+            batch_sampler=order,
+            num_workers=recipe.workers,
+            collate_fn=lambda rows: [
+                data.collate(rows[i : i + micro]) for i in range(0, len(rows), micro)
+            ],
+        )
+
+    samples = open_data(recipe.data)
+    packing, pictures = recipe.batching == "packed", samples.records.pictures
     lengths = samples.lengths(recipe.workers) if packing else samples.records.words
-    epochs = [plan(recipe, lengths, samples.records, e) for e in range(math.ceil(recipe.epochs))]
+    epochs = [plan(recipe, lengths, pictures, e) for e in range(math.ceil(recipe.epochs))]
     total = int(len(epochs[0]) * recipe.epochs)
     if total == 0:
         raise ValueError(f"--epochs {recipe.epochs} of {len(epochs[0])} batches is not one step")
-    hands = [batches.deal(batch, lengths, world) for batches_of in epochs for batch in batches_of]
-    order = [hand[rank] for hand in hands[:total]]
+    hands = [batches.deal(batch, lengths, world) for epoch in epochs for batch in epoch][:total]
+    held_out = open_data(recipe.eval_data) if recipe.eval_data else None
 
     # ---- optimizer, and FSDP2 if there are several processes ----
     if parallel:
-        # The frozen tower stays whole on every process; the rest is cut into shards, the decoder
-        # block by block, and gathered where it is needed.
-        frozen = set(model.vision_tower.parameters())
-        for block in model.language_model.layers:
-            fully_shard(block)
-        fully_shard(model, ignored_params=frozen)
-        register_fsdp_forward_method(model, "loss")
-    parts = [(model.projector, recipe.projector_lr or recipe.lr), (model.language_model, recipe.lr)]
-    groups = [
-        {"params": [p for p in part.parameters() if p.requires_grad], "peak": lr}
-        for part, lr in parts
-    ]
-    groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.999), 1e-8, recipe.weight_decay)
+        shard_model(model, recipe, device, dtype)
+    groups = parameter_groups(model, recipe)
+    optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.999), 1e-8)
     trainable = [p for group in groups for p in group["params"]]
+    torch.manual_seed(recipe.seed + rank)  # of dropout
 
-    # ---- resume: weights, optimizer, random state and place in the data ----
+    # ---- resume ----
     out = Path(recipe.out)
-    state_file, start, lost = out / "resume.pt", 0, [0, 0]  # skipped records, cut turns
-    whole = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    if resume:
-        state = torch.load(state_file, weights_only=True) if state_file.exists() else None
-        if state is None:
-            raise ValueError(f"nothing to resume: there is no {state_file}")
-        if changed := [k for k, v in asdict(recipe).items() if state["recipe"][k] != v]:
-            raise ValueError(f"{state_file} was written with another --{', --'.join(changed)}")
-        relaxed = replace(whole, strict=False)  # frozen parts are not in the state
-        dcp.set_model_state_dict(model, state["model"], options=relaxed)
-        dcp.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=relaxed)
-        torch.set_rng_state(state["random"])
-        start, lost = state["step"], state["lost"]
+    start, lost = 0, [0, 0]  # skipped records, cut turns
+    if resume and (newest_state(out) or "TORCHELASTIC_RESTART_COUNT" not in os.environ):
+        notes = load_state(out, recipe, model, optimizer)
+        start, lost = notes["step"], notes["lost"]
 
-    def save_state(step: int):
-        model_state = dcp.get_model_state_dict(model, options=whole)
-        optimizer_state = dcp.get_optimizer_state_dict(model, optimizer, options=whole)
-        if main_process:
-            state = {"step": step, "model": model_state, "optimizer": optimizer_state}
-            state["lost"] = lost
-            state |= {"random": torch.get_rng_state(), "recipe": asdict(recipe)}
-            torch.save(state, state_file.with_suffix(".tmp"))
-            os.replace(state_file.with_suffix(".tmp"), state_file)
+    def notes_at(step: int) -> dict:
+        return {"step": step, "lost": lost, "recipe": asdict(recipe), "processes": world}
 
-    # ---- the loop ----
-    bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
-    dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else DTYPES["bf16" if bf16 else "fp32"]
-    micro = recipe.micro_batch or recipe.batch
-    loader = torch.utils.data.DataLoader(
-        samples,
-        batch_sampler=order[start:],
-        num_workers=recipe.workers,
-        collate_fn=lambda rows: [
-            data.collate(rows[i : i + micro]) for i in range(0, len(rows), micro)
-        ],
-    )
-    if main_process:
+    # ---- what is about to happen ----
+    if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if not resume:
+        if not start:
             (out / "skipped.txt").unlink(missing_ok=True)
-        counts = {
-            name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()
-        }
-        hardware = f"{world} x {device.type} in {dtype}"
-        say(f"stage {stage}: {total} steps of {recipe.batch} samples on {hardware}")
-        say(f"parameters: {counts}; learning: {sum(p.numel() for p in trainable):,}")
+        say(f"stage {stage}: {total} steps of {recipe.batch} samples on {world} x {device.type}")
+        say(f"{'part':16} {'parameters':>15} {'learning':>15}  type      rate")
+        rates = {group["name"]: group["peak"] for group in groups}
+        for name, (learning, part) in counts.items():
+            n = sum(p.numel() for p in part.parameters())
+            kind = "float32" if learning else str(dtype).removeprefix("torch.")
+            say(f"{name:16} {n:15,} {learning:15,}  {kind:9} {rates.get(name, 'frozen')}")
         log_file = out / "log.jsonl"
-        if resume and log_file.exists():  # steps after the saved state are done again
+        if start and log_file.exists():  # steps after the saved state are done again
             rows = log_file.read_text().splitlines(keepends=True)
             kept = [row for row in rows if json.loads(row).get("step", -1) < start]
             log_file.with_suffix(".tmp").write_text("".join(kept))
             os.replace(log_file.with_suffix(".tmp"), log_file)
-        log = open(log_file, "a" if resume else "w")
+        log = open(log_file, "a" if start else "w")
         header = {"stage": stage, "recipe": asdict(recipe), "torch": torch.__version__}
-        print(
-            json.dumps(header | {"processes": world, "device": str(device)}), file=log, flush=True
-        )
+        header |= {"processes": world, "device": str(device), "dtype": str(dtype)}
+        print(json.dumps(header), file=log, flush=True)
+
+    def loss_of(batch: dict, reduction: str):
+        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        # FSDP casts parameters itself; alone, autocast does.
+        cast = dtype != torch.float32 and not parallel
+        with torch.autocast(device.type, dtype, enabled=cast):
+            return model.loss(**batch, reduction=reduction)
+
+    def over_processes(*numbers) -> list[float]:
+        """Sums over all processes."""
+        sums = torch.tensor(numbers, dtype=torch.float64, device=device)
+        if parallel:
+            dist.all_reduce(sums)
+        return sums.tolist()
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        model.eval()
+        words = held_out.records.words
+        order = batches.by_length(words, recipe.batch, 0, 0)
+        shares = [batches.deal(batch, words, world) for batch in order]
+        loss = n = 0
+        for micro_batches in batches_of(held_out, [share[rank] for share in shares]):
+            for batch in micro_batches or [data.collate([])]:
+                batch.pop("lost", None)
+                n += int((batch["labels"] != data.IGNORE).sum())
+                loss += loss_of(batch, "sum").item()
+        loss, n = over_processes(loss, n)
+        model.train()
+        return loss / max(1, n)
+
+    # ---- the loop ----
+    loader = batches_of(samples, [hand[rank] for hand in hands[start:]])
     started = last_shown = time.time()
+    norms, n_seen, n_tokens = [], 0, 0
     for step, micro_batches in enumerate(loader, start):
+        rate = learning_rate(step, total, recipe.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
         # Every process takes as many backward passes as the one with most: FSDP waits for all.
+        micro = recipe.micro_batch or recipe.batch
         most = math.ceil(max(map(len, hands[step])) / micro)
         micro_batches += [data.collate([]) for _ in range(most - len(micro_batches))]
         bad, cut = zip(*(batch.pop("lost", ((), 0)) for batch in micro_batches), strict=True)
         bad = [why for found in bad for why in found]
-        rate = learning_rate(step, total, recipe.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
         if bad and recipe.on_bad == "error":
             raise ValueError(bad[0])
-        n_learned = sum(int((b["labels"] != data.IGNORE).sum()) for b in micro_batches)
-        counts = torch.tensor([n_learned, len(bad), sum(cut)], device=device)
-        if parallel:
-            dist.all_reduce(counts)
-        n_learned, *new = counts.tolist()
-        lost = [before + now for before, now in zip(lost, new, strict=True)]
         if bad:
             with open(out / "skipped.txt", "a") as file:
                 file.writelines(f"{why}\n" for why in bad)
+        learned = [int((b["labels"] != data.IGNORE).sum()) for b in micro_batches]
+        sums = over_processes(sum(learned), len(bad), sum(cut), len(stopping))
+        n_learned, n_bad, n_cut, n_stop = map(int, sums)
+        lost = [lost[0] + n_bad, lost[1] + n_cut]
         if lost[0] > recipe.max_bad:
             raise ValueError(
                 f"{lost[0]} records were skipped up to step {step}, more than --max-bad "
@@ -352,57 +476,75 @@ def train(stage: int, resume: bool, recipe: Recipe):
             )
         if n_learned == 0:
             raise ValueError(f"step {step} has no token to learn from, see {out / 'skipped.txt'}")
-        loss = torch.zeros((), device=device)
-        for batch in micro_batches:
-            batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                part = model.loss(**batch, reduction="sum") / n_learned
+
+        loss = 0.0
+        for i, (batch, n) in enumerate(zip(micro_batches, learned, strict=True)):
+            if parallel:  # gradients are summed over the processes once, after the last
+                model.set_requires_gradient_sync(i + 1 == len(micro_batches))
+            weight = 1 / n_learned
+            if recipe.average_batches:
+                weight = 1 / max(1, n) / (len(micro_batches) * world)
+            part = loss_of(batch, "sum") * weight
             (part * world).backward()  # FSDP takes the mean over the processes
-            loss += part.detach()
-        if parallel:
-            dist.all_reduce(loss)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in trainable])
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not torch.isfinite(loss + norm):
+            loss += part.item()
+        (loss,) = over_processes(loss)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not math.isfinite(loss + norm):
             raise ValueError(
                 f"step {step}: loss {loss:.4g}, gradient norm {norm:.4g}; stopped before "
                 f"the update. The records are {hands[step]}; try a lower --lr"
             )
-        if recipe.clip:
-            torch.nn.utils.clip_grads_with_norm_(trainable, recipe.clip, norm)
-        optimizer.step()
+        usual = statistics.median(norms) if len(norms) >= 20 else math.inf
+        spiked = bool(recipe.spike) and norm > recipe.spike * usual
+        norms = [*norms[-99:], norm]
+        if not spiked:
+            if recipe.clip:
+                total_norm = torch.tensor(norm, device=device)
+                torch.nn.utils.clip_grads_with_norm_(trainable, recipe.clip, total_norm)
+            optimizer.step()
         optimizer.zero_grad()
 
-        if main_process:
-            done, seconds = step + 1 - start, time.time() - started
-            per_second = done * recipe.batch / seconds
-            row = {"step": step, "loss": round(loss.item(), 5), "grad_norm": round(norm.item(), 4)}
-            row |= {"lr": recipe.lr * rate, "samples_per_s": round(per_second, 2)}
+        done = step + 1
+        measured = None
+        if held_out and (done % recipe.eval_every == 0 or done == total):
+            measured = held_out_loss()
+        if rank == 0:
+            seconds = time.time() - started
+            n_seen, n_tokens = n_seen + sum(map(len, hands[step])), n_tokens + n_learned
+            row = {"step": step, "loss": round(loss, 6), "grad_norm": round(norm, 4)}
+            row |= {"lr": recipe.lr * rate, "samples_per_s": round(n_seen / seconds, 2)}
+            row |= {"tokens_per_s": round(n_tokens / seconds, 1)}
             row |= {"skipped": lost[0], "cut_turns": lost[1]} if any(lost) else {}
+            row |= {"eval_loss": round(measured, 6)} if measured is not None else {}
+            row |= {"spike": hands[step]} if spiked else {}
             print(json.dumps(row), file=log, flush=True)
-            if time.time() - last_shown > 5 or step + 1 == total:
+            if time.time() - last_shown > 5 or done == total or measured is not None or spiked:
                 last_shown = time.time()
-                left = clock((total - step - 1) * seconds / done)
+                left = clock((total - done) * seconds / (done - start))
                 say(
-                    f"step {step + 1}/{total}  loss {row['loss']:.4f}  {per_second:.1f} samples/s  "
-                    f"{clock(seconds)} gone, {left} left"
+                    f"step {done}/{total}  loss {loss:.4f}  norm {norm:.2f}"
+                    + (f"  held out {measured:.4f}" if measured is not None else "")
+                    + ("  a spike, not followed" if spiked else "")
+                    + f"  {n_seen / seconds:.1f} samples/s  {n_tokens / seconds:.0f} tokens/s  "
+                    f"{memory_gb(device):.1f} GB  {clock(seconds)} gone, {left} left"
                 )
-        if (step + 1) % recipe.save_every == 0 and step + 1 < total:
-            save_state(step + 1)
+        if n_stop and done < total:
+            save_state(out, recipe.keep, model, optimizer, notes_at(done))
+            if rank == 0:
+                say(f"stopped after step {done}; the same command with --resume goes on")
+            break
+        if done % recipe.save_every == 0 and done < total:
+            save_state(out, recipe.keep, model, optimizer, notes_at(done))
 
-    # ---- the trained model, in the llava-hf layout ----
-    weights = dcp.get_model_state_dict(model, options=replace(whole, ignore_frozen_params=False))
-    if main_process:
-        config = replace(model.config, image=image_config, template=recipe.template)
-        source = checkpoint.Checkpoint(recipe.model)
-        words = tokenizer.files(source.path)
-        dtype = DTYPES[recipe.save_dtype]
-        ids = source.config.token_ids()
-        checkpoint.save(out, "llava", weights, asdict(config), words, dtype, ids)
-        state_file.unlink(missing_ok=True)
-        if any(lost):
-            say(f"skipped {lost[0]} records (see skipped.txt) and cut {lost[1]} turns of long ones")
-        say(f"saved {out}")
+    # ---- the trained model ----
+    else:
+        export(model, recipe, stage, image_config)
+        if rank == 0:
+            shutil.rmtree(out / "states", ignore_errors=True)
+            if any(lost):
+                say(f"skipped {lost[0]} records (skipped.txt) and cut {lost[1]} turns of long ones")
+            say(f"saved {out}")
     if parallel:
         dist.barrier()
         dist.destroy_process_group()
@@ -412,8 +554,26 @@ def say(text: str):
     print(text, file=sys.stderr, flush=True)
 
 
-if __name__ == "__main__":
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    add_flags(parser)
+    args = parser.parse_args()
+    # Of states written by one process; that they are whole is what we want.
+    warnings.filterwarnings("ignore", message="torch.distributed is ")
     try:
-        train(*parse())
+        train(args.stage, args.resume, recipe_of(args, args.stage))
     except ValueError as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit(
+            "train.py: out of memory; smaller steps at a time: --micro-batch, or --recompute full, "
+            "or more processes"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,13 @@ through the command line, as a user would.
 
 import json
 import os
+import random
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,6 +38,7 @@ def run(*args, launcher=(), fails=False):
 
 
 def losses(folder):
+    """Of all steps, from the log."""
     rows = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [row["loss"] for row in rows if "loss" in row]
 
@@ -98,8 +104,8 @@ def test_stage_2_moves_projector_and_decoder_and_leaves_the_tower_alone(stage1, 
 def test_resuming_continues_to_the_same_bits(start, stage1, stage2, tmp_path):
     """A run is stopped after step 10 and resumed; its end equals that of the undisturbed run."""
     stop_after = "import sys, train; sys.argv = sys.argv[1:]; keep = train.os.replace\n"
-    stop_after += "def replace(*a): keep(*a); sys.exit(7) if 'resume' in str(a[1]) else None\n"
-    stop_after += "train.os.replace = replace; train.train(*train.parse())"
+    stop_after += "def replace(*a): keep(*a); sys.exit(7) if 'states' in str(a[1]) else None\n"
+    stop_after += "train.os.replace = replace; train.main()"
     (tmp_path / "stopped.py").write_text(stop_after)
     data = start / "data"
     args = ["train.py", "--stage", 2, "--data", data / "stage2.json", "--images", data / "images"]
@@ -119,14 +125,173 @@ def test_resuming_continues_to_the_same_bits(start, stage1, stage2, tmp_path):
     assert losses(tmp_path / "out") == losses(stage2)
 
 
-def test_two_processes_follow_the_loss_curve_of_one(start, stage1, stage2, tmp_path):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+def torchrun(n: int):
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n))
+
+
+SHORT = ("--epochs", 0.25, "--lr", 1e-3, "--keep", 1)
+
+
+@pytest.fixture(scope="module")
+def alone(start, stage1, tmp_path_factory):
+    """A run of one process, for a few steps: {batching: folder}."""
+    found = {}
+    for kind in ("modality", "packed"):
+        found[kind] = tmp_path_factory.mktemp("alone")
+        size = ("--batch", 4 if kind == "packed" else 16, "--row-length", 900)
+        more = ("--model", stage1, *SHORT, "--batching", kind, *size)
+        stage(2, start, found[kind], *more)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("processes", "kind", "more"),
+    [
+        (1, "modality", ("--micro-batch", 3, "--recompute", "full")),
+        (1, "packed", ("--micro-batch", 1, "--recompute", "selective")),
+        (2, "modality", ("--micro-batch", 5)),
+        (2, "packed", ("--recompute", "full")),
+        (4, "modality", ("--shard", 2)),  # HSDP: two copies, each on two processes
+        (3, "modality", ("--workers", 1)),  # 16 samples do not share out evenly among three
+    ],
+)
+def test_every_way_to_run_it_gives_the_same_losses_and_weights(
+    start, stage1, alone, tmp_path, processes, kind, more
+):
+    size = ("--batch", 4 if kind == "packed" else 16, "--row-length", 900)
+    launcher = torchrun(processes) if processes > 1 else ()
     # Judged by what it wrote: gloo now and then aborts a process that has finished its work.
-    stage(2, start, tmp_path, "--model", stage1, "--lr", 3e-3, launcher=torchrun, fails=None)
-    assert (tmp_path / "model.safetensors").exists()
-    one, two = (torch.tensor(losses(f)) for f in (stage2, tmp_path))
-    # Sums in another order: the last bits differ, and training carries them on.
-    assert torch.allclose(one, two, rtol=1e-3)
+    flags = ("--model", stage1, *SHORT, "--batching", kind, *size, *more)
+    stage(2, start, tmp_path, *flags, launcher=launcher, fails=None)
+    one, many = (torch.tensor(losses(folder)) for folder in (alone[kind], tmp_path))
+    assert len(one) >= 4 and torch.allclose(one, many, rtol=1e-5)
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path, alone[kind]))
+    for name, weight in theirs.items():
+        # Adam divides by the gradient's size: where that is rounding alone, its sign is chance.
+        close = (ours[name] - weight).abs() <= 1e-5 + 1e-3 * weight.abs()
+        assert close.float().mean() > 0.999, name
+
+
+def command(start, out, *more):
+    data = ("--data", start / "data" / "stage2.json", "--images", start / "data" / "images")
+    common = ("--batch", 16, "--save-dtype", "fp32", "--dtype", "fp32", "--out", out)
+    return [*map(str, ("train.py", "--stage", 2, *data, *common, "--lr", 3e-3, *more))]
+
+
+def begin(start, out, *more, launcher=(), limit=None):
+    """A run in the background."""
+    return subprocess.Popen(
+        [sys.executable, *launcher, *command(start, out, *more)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=limit,
+    )
+
+
+def wait_for(process, out, n_rows: int):
+    while not (out / "log.jsonl").exists() or len(losses(out)) < n_rows:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(
+    start, stage1, stage2, tmp_path
+):
+    """SIGKILL in steps and while states are written; KILLS=100 is the long form."""
+    kills, chance = int(os.environ.get("KILLS", 3)), random.Random(0)
+    more, n_killed, writing = ("--model", stage1, "--save-every", 1), 0, 0
+    while True:
+        resumed = ("--resume",) * bool(list(tmp_path.glob("states/step-*[0-9]")))
+        before = (tmp_path / "log.jsonl").exists() and len(losses(tmp_path))
+        process = begin(start, tmp_path, *more, *resumed)
+        if n_killed < kills:
+            while process.poll() is None and (
+                not (tmp_path / "log.jsonl").exists() or len(losses(tmp_path)) <= (before or 0)
+            ):
+                time.sleep(0.005)
+            time.sleep(chance.random() * 0.3)
+            os.killpg(process.pid, signal.SIGKILL)
+            n_killed += process.wait() == -signal.SIGKILL
+            process.stderr.close()
+            writing += bool(list(tmp_path.glob("states/*.tmp")))
+            if (tmp_path / "model.safetensors").exists():  # done before it was killed
+                shutil.rmtree(tmp_path)
+                tmp_path.mkdir()
+            continue
+        assert process.wait() == 0, process.stderr.read()
+        process.stderr.close()
+        break
+    print(f"{n_killed} kills, {writing} while a state was written")
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path, stage2))
+    assert moved(ours, theirs) == set()
+    assert losses(tmp_path) == losses(stage2)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_ends_the_run(start, stage1, stage2, tmp_path, name):
+    process = begin(start, tmp_path, "--model", stage1)
+    wait_for(process, tmp_path, 3)
+    process.send_signal(getattr(signal, name))
+    said = process.communicate()[1]
+    assert process.returncode == 0 and "--resume goes on" in said
+    assert not (tmp_path / "model.safetensors").exists()
+    run(*command(start, tmp_path, "--model", stage1, "--resume"))
+    ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path, stage2))
+    assert moved(ours, theirs) == set()
+
+
+def test_one_of_two_processes_is_killed_and_the_run_is_resumed_by_one(
+    start, stage1, alone, tmp_path
+):
+    more = ("--model", stage1, *SHORT, "--batching", "modality", "--save-every", 2)
+    process = begin(start, tmp_path, *more, launcher=torchrun(2))
+    wait_for(process, tmp_path, 4)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate()
+    assert process.returncode != 0
+    assert list(tmp_path.glob("states/step-*[0-9]"))
+    # One process goes on where two were.
+    args = command(start, tmp_path, *more, "--resume")
+    run(*args)
+    one, both = (torch.tensor(losses(folder)) for folder in (alone["modality"], tmp_path))
+    assert torch.allclose(one, both, rtol=1e-5)
+
+
+def test_a_full_disk_stops_the_run_and_keeps_the_state_before(start, stage1, tmp_path):
+    process = begin(start, tmp_path, "--model", stage1, "--save-every", 3)
+    wait_for(process, tmp_path, 5)
+    process.kill()
+    process.communicate()
+    (state,) = tmp_path.glob("states/step-*[0-9]")
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    process = begin(start, tmp_path, "--model", stage1, "--save-every", 3, "--resume", limit=limit)
+    said = process.communicate()[1]
+    assert process.returncode == 1 and "Traceback" not in said
+    assert "could not be saved" in said and f"the one before is untouched: {state}" in said
+    run(*command(start, tmp_path, "--model", stage1, "--save-every", 3, "--resume"))
+
+
+def test_a_damaged_or_foreign_state_is_one_sentence(start, stage1, tmp_path):
+    more = ("--model", stage1, "--save-every", 3)
+    process = begin(start, tmp_path, *more)
+    wait_for(process, tmp_path, 5)
+    process.kill()
+    process.communicate()
+    said = run(*command(start, tmp_path, *more, "--resume", "--seed", 1), fails=True)
+    assert "was written with another --seed" in said
+    (file,) = tmp_path.glob("states/step-*[0-9]/*.distcp")
+    file.write_bytes(file.read_bytes()[:1000])
+    said = run(*command(start, tmp_path, *more, "--resume"), fails=True)
+    assert "cannot be read" in said and "Traceback" not in said
 
 
 def test_micro_batches_follow_the_loss_curve_of_whole_batches(start, stage1, stage2, tmp_path):
