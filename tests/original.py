@@ -143,7 +143,7 @@ def write(kind: str, folder: Path, size: int = 56) -> Path:
     tower, out = folder / "tower", folder / kind
     if not tower.exists():
         write_tower(tower, size)
-    out.mkdir()
+    out.mkdir(parents=True)
     config = config_of(kind, tower, size)
     (out / "config.json").write_text(json.dumps(config))
     tensors = decoder_tensors(config["num_key_value_heads"]) | projector_tensors(kind)

@@ -108,6 +108,37 @@ def record_model(kind: str, folder: Path) -> tuple[list[dict], dict]:
     return rows, arrays
 
 
+# A batch to learn from: ids (0 is padding), pictures, and which ids are learned.
+LEARN = {
+    "ids": [
+        [1, 17, 200, -200, 5, 99, 31, 2, 40, 41, 42, 2],
+        [1, -200, 250, 13, 7, 7, 2, 0, 0, 0, 0, 0],
+        [1, 3, 4, 5, 6, 7, 8, 9, 2, 0, 0, 0],
+    ],
+    "labels": [
+        [-100, -100, -100, -100, -100, 99, 31, 2, -100, -100, 42, 2],
+        [-100, -100, -100, -100, 7, 7, 2, -100, -100, -100, -100, -100],
+        [-100, -100, -100, -100, -100, -100, 8, 9, 2, -100, -100, -100],
+    ],
+    "sizes": [(80, 60), (56, 56)],
+}
+
+
+def record_step(folder: Path) -> tuple[float, dict]:
+    """The loss of one batch, and every tenth number of each gradient."""
+    model = load("v1.5", original.write("v1.5", folder / "learn")).train()
+    model.get_vision_tower().requires_grad_(False)
+    processor = model.get_vision_tower().image_processor
+    pictures = [sawtooth(*size) for size in LEARN["sizes"]]
+    pixels = process_images(pictures, processor, model.config)
+    pixels = torch.cat([pixels, torch.zeros_like(pixels[:1])])  # each row takes one, as in training
+    ids, labels = torch.tensor(LEARN["ids"]), torch.tensor(LEARN["labels"])
+    loss = model(ids, labels=labels, images=pixels, attention_mask=ids.ne(0)).loss
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return loss.item(), {f"grad-{n}": g.flatten()[::10].numpy() for n, g in grads.items()}
+
+
 def record_pixels() -> list[dict]:
     class Config:
         image_grid_pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
@@ -204,8 +235,11 @@ def main():
         for kind in original.KINDS:
             models[kind], logits = record_model(kind, Path(folder))
             arrays |= logits
+        loss, gradients = record_step(Path(folder))
+        arrays |= gradients
     record = {
         "models": models,
+        "step": LEARN | {"loss": loss},
         "pixels": record_pixels(),
         "grids": record_grids(),
         "prompts": record_prompts(args.tokenizer),

@@ -19,6 +19,7 @@ import data
 import image
 import tokenizer
 from generate import generate
+from layouts import stored_name
 from llava import LLaVA
 from templates import render
 
@@ -58,6 +59,31 @@ def test_logits_and_greedy_tokens_are_the_originals(models, kind, number):
     model.tokenizer, model.template = Words(), "v1"
     (tokens,) = generate(model, [row["ids"]], [pictures], len(row["tokens"]))
     assert tokens == [token for token in row["tokens"] if token != 2]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_loss_and_gradients_of_a_step_are_the_originals(tmp_path, packed):
+    model = LLaVA.from_pretrained(original.write("v1.5", tmp_path), dtype=torch.float32).train()
+    model.vision_tower.requires_grad_(False)
+    step = RECORD["step"]
+    pictures = [image.sawtooth(*size) for size in step["sizes"]]
+    pixels = iter([image.to_pixels(picture, model.config.image) for picture in pictures])
+    samples = []
+    for ids, labels in zip(step["ids"], step["labels"], strict=True):
+        n = sum(i != 0 for i in ids)
+        own = [next(pixels) for _ in range(ids.count(data.IMAGE_TOKEN))]
+        sample = {"input_ids": torch.tensor(ids[:n]), "labels": torch.tensor(labels[:n])}
+        samples.append(sample | {"pixels": own, "image_sizes": [(56, 56)] * len(own)})
+    loss = model.loss(**data.collate([samples] if packed else samples))
+    loss.backward()
+    assert loss.item() == pytest.approx(step["loss"], rel=1e-5)
+    names = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    recorded = {n.removeprefix("grad-"): LOGITS[n] for n in LOGITS.files if n.startswith("grad-")}
+    assert {stored_name("llava", name) for name in names} == recorded.keys()
+    for name, gradient in names.items():
+        theirs = torch.from_numpy(recorded[stored_name("llava", name)])
+        error = (gradient.flatten()[::10] - theirs).abs().max() / theirs.abs().max()
+        assert error < 1e-5, name
 
 
 @pytest.mark.parametrize("row", RECORD["pixels"], ids=lambda r: f"{r['size']}-{r['aspect']}")
