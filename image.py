@@ -68,7 +68,7 @@ class ImageConfig:
     aspect: str = "pad"  # "crop" keeps the centre, "pad" everything, "anyres" adds tiles
     mean: tuple = MEAN
     std: tuple = STD
-    grid_pinpoints: tuple | None = None  # (width, height) in pixels, for "anyres"; None: GRIDS
+    grid_pinpoints: tuple | None = None  # (width, height) in pixels, for "anyres"; None: as GRIDS
 
     def __post_init__(self):
         for name in ("mean", "std"):  # JSON has lists, a frozen config tuples
@@ -85,7 +85,9 @@ class ImageConfig:
             raise ValueError(f"mean {self.mean} is not three numbers from 0 to 1 (R, G, B)")
         if len(self.std) != 3 or not all(s > 0 for s in self.std):
             raise ValueError(f"std {self.std} is not three positive numbers (R, G, B)")
-        grids = GRIDS if self.grid_pinpoints is None else self.grid_pinpoints
+        grids = self.grid_pinpoints
+        if grids is None:
+            grids = [[side // 336 * self.image_size for side in grid] for grid in GRIDS]
         if self.aspect == "anyres" and not is_grids(grids, self.image_size):
             raise ValueError(
                 f"grid_pinpoints {str(grids)[:100]} is not a list of [width, height], each a "

@@ -206,10 +206,9 @@ class LLaVA(nn.Module):
         question never meet the vocabulary.
         """
         embeds, labels, mask = self.embed(input_ids, pixels, labels, attention_mask, image_sizes)
-        if self.training and not len(pixels):
+        if not len(pixels):
             # Under FSDP every process has to touch every part, or the others wait for it.
-            no_picture = embeds.new_zeros(1, self.config.vision.dim)
-            embeds = embeds + 0 * self.projector(no_picture)
+            embeds = embeds + 0 * self.no_picture().to(embeds.dtype)
         hidden = self.language_model.hidden(embeds=embeds, mask=needed(mask))  # (B, T', D)
         #     tokens  <s>  USER  What  ASSISTANT  A    cat  </s>
         #     labels   .    .     .        .      A    cat  </s>
@@ -225,6 +224,16 @@ class LLaVA(nn.Module):
         else:  # the logits of one chunk at a time; backward computes them again
             total = sum(checkpointed(self.cross_entropy, *c, use_reentrant=False) for c in chunks)
         return total / len(target) if reduction == "mean" else total
+
+    def no_picture(self):
+        """A number in which all that pictures go through takes part."""
+        weight = self.projector[0].weight
+        features = weight.new_zeros(1, 1, self.config.vision.dim)
+        if any(p.requires_grad for p in self.vision_tower.parameters()):
+            pixels = weight.new_zeros(1, 3, *2 * [self.config.vision.image_size])
+            features = self.vision_tower(pixels, self.config.vision_layer)
+        total = self.projector(features).sum()
+        return total + self.image_newline.sum() if hasattr(self, "image_newline") else total
 
     def cross_entropy(self, hidden, target):
         """Summed over float[n, D] and int[n] -> scalar."""

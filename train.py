@@ -110,7 +110,7 @@ def parameter_groups(model: LLaVA, recipe: Recipe) -> list[dict]:
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = name.partition(".")[0].replace("image_newline", "projector")
+            part = name.partition(".")[0].replace("image_newline", "projector")  # learn together
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
             group = {"params": [], "name": part, "peak": rates[part], "weight_decay": decay}
             groups.setdefault((part, decay), group)["params"].append(parameter)
@@ -316,6 +316,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
     dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else DTYPES["bf16" if bf16 else "fp32"]
     torch.manual_seed(recipe.seed)
     model = build_model(recipe)
+    if model.config.image.aspect == "anyres" != recipe.aspect:
+        raise ValueError(f"{recipe.model} reads AnyRes pictures: add --aspect anyres")
     freeze(model, recipe, dtype)
     counts = {
         name: (sum(p.numel() for p in part.parameters() if p.requires_grad), part)

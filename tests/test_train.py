@@ -172,6 +172,33 @@ def test_every_way_to_run_it_gives_the_same_losses_and_weights(
         assert close.float().mean() > 0.999, name
 
 
+@pytest.mark.parametrize("batching", ["modality", "packed"])
+def test_llava_16_learns_with_its_tower_on_any_number_of_processes(
+    start, stage1, tmp_path, batching
+):
+    """AnyRes pictures, the tower at its own rate, and processes that get no picture at all."""
+    size = ("--batch", 4 if batching == "packed" else 8, "--row-length", 1500)
+    flags = ("--model", stage1, "--aspect", "anyres", "--tower-lr", 1e-4, "--lr", 1e-3)
+    flags += ("--batching", batching, *size, "--epochs", 0.15)
+    for folder, launcher in (("one", ()), ("two", torchrun(2))):
+        stage(2, start, tmp_path / folder, *flags, launcher=launcher, fails=None)
+    one, two = (torch.tensor(losses(tmp_path / f)) for f in ("one", "two"))
+    assert len(one) >= 2 and torch.allclose(one, two, rtol=1e-5)
+    before, after = (load_file(f / "model.safetensors") for f in (stage1, tmp_path / "one"))
+    assert "image_newline" in after
+    changed = moved(before, {name: after[name] for name in before})
+    last = [n for n in before if ".layers.1." in n and n.startswith("vision_tower")]
+    unused = {n for n in before if n.startswith("vision_tower") and "post_layernorm" in n}
+    assert changed == set(before) - unused - set(last)  # its last block is never run
+
+
+def test_half_precision_under_fsdp_follows_the_same_curve(start, stage1, alone, tmp_path):
+    flags = ("--model", stage1, *SHORT, "--batching", "modality", "--dtype", "bf16")
+    stage(2, start, tmp_path, *flags, launcher=torchrun(2), fails=None)
+    one, two = (torch.tensor(losses(f)) for f in (alone["modality"], tmp_path))
+    assert torch.allclose(one, two, rtol=0.02)
+
+
 def command(start, out, *more):
     data = ("--data", start / "data" / "stage2.json", "--images", start / "data" / "images")
     common = ("--batch", 16, "--save-dtype", "fp32", "--dtype", "fp32", "--out", out)
