@@ -79,6 +79,7 @@ class Recipe:
     compile: bool = flag(False, "torch.compile each block")
     shard: int = flag(0, "processes that share one copy of the model (HSDP); 0: all")
     workers: int = flag(0, "processes that load and decode pictures")
+    timeout: int = flag(600, "seconds that processes wait for each other before they give up")
     # what is kept
     out: str = flag("", "folder for the log, the resume states and the trained model")
     save_every: int = flag(500, "steps between two resume states")

@@ -29,6 +29,7 @@ import sys
 import time
 import warnings
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ from vit import ViT
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # What may differ when a run is resumed: it changes no batch and no gradient, but for rounding.
 FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile", "micro_batch"}
-FREE |= {"eval_data", "eval_every", "save_dtype", "max_bad", "on_bad"}
+FREE |= {"timeout", "eval_data", "eval_every", "save_dtype", "max_bad", "on_bad"}
 
 
 def build_model(recipe: Recipe) -> LLaVA:
@@ -304,12 +305,15 @@ def train(stage: int, resume: bool, recipe: Recipe):
     if parallel:
         if on_gpu:
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if on_gpu else "gloo")
+        wait = timedelta(seconds=recipe.timeout)
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=wait)
     rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    stopping = []  # the signals that asked to stop
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+    stopping = []  # the signals that asked to stop; a second one ends the run at once
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: stopping.append(number))
+        signal.signal(
+            name, lambda number, _: sys.exit(128 + number) if stopping else stopping.append(number)
+        )
 
     # ---- model: what learns is float32; the arithmetic is in the compute type ----
     bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
@@ -388,7 +392,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
     # ---- resume ----
     out = Path(recipe.out)
     start, lost = 0, [0, 0]  # skipped records, cut turns
-    if resume and (newest_state(out) or "TORCHELASTIC_RESTART_COUNT" not in os.environ):
+    if resume or (restarted and newest_state(out)):
         notes = load_state(out, recipe, model, optimizer)
         start, lost = notes["step"], notes["lost"]
 
@@ -560,10 +564,15 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--stage", type=int, choices=(1, 2), help="which of the two stages")
+    parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of runs instead")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     add_flags(parser)
     args = parser.parse_args()
+    if args.plot:
+        sys.exit(subprocess.call([sys.executable, TINY.parent / "plot.py", *args.plot]))
+    if args.stage is None:
+        parser.error("--stage 1 or --stage 2")
     # Of states written by one process; that they are whole is what we want.
     warnings.filterwarnings("ignore", message="torch.distributed is ")
     try:

@@ -290,6 +290,22 @@ def test_one_of_two_processes_is_killed_and_the_run_is_resumed_by_one(
     assert torch.allclose(one, both, rtol=1e-5)
 
 
+def test_torchrun_brings_a_killed_process_back(start, stage1, alone, tmp_path):
+    more = ("--model", stage1, *SHORT, "--batching", "modality", "--save-every", 2)
+    # gloo now and then does not find together again; then a restart more, after the timeout.
+    launcher = (*torchrun(2), "--max-restarts", "3")
+    process = begin(start, tmp_path, *more, "--timeout", 20, launcher=launcher)
+    wait_for(process, tmp_path, 4)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate()
+    one, two = (torch.tensor(losses(folder)) for folder in (alone["modality"], tmp_path))
+    assert torch.allclose(one, two, rtol=1e-5)
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_a_full_disk_stops_the_run_and_keeps_the_state_before(start, stage1, tmp_path):
     process = begin(start, tmp_path, "--model", stage1, "--save-every", 3)
     wait_for(process, tmp_path, 5)
