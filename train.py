@@ -47,12 +47,13 @@ import batches
 import checkpoint
 import data
 import lora
+import plan
 import tokenizer
 from image import ImageConfig
 from layouts import stored_name
 from llama import LLaMA
 from llava import LLaVA, LLaVAConfig
-from recipes import TINY, Recipe, add_flags, recipe_of
+from recipes import RECIPES, TINY, Recipe, add_flags, recipe_of
 from vit import ViT
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -145,7 +146,7 @@ def shard_model(model: LLaVA, recipe: Recipe, device: torch.device, dtype: torch
     register_fsdp_forward_method(model, "loss")
 
 
-def plan(recipe: Recipe, lengths, pictures, epoch: int) -> list:
+def order_of(recipe: Recipe, lengths, pictures, epoch: int) -> list:
     """The global batches of an epoch: the same on every process, and after every restart."""
     size, seed = recipe.batch, recipe.seed
     if recipe.batching == "packed":
@@ -374,7 +375,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
     samples = open_data(recipe.data)
     packing, pictures = recipe.batching == "packed", samples.records.pictures
     lengths = samples.lengths(recipe.workers) if packing else samples.records.words
-    epochs = [plan(recipe, lengths, pictures, e) for e in range(math.ceil(recipe.epochs))]
+    epochs = [order_of(recipe, lengths, pictures, e) for e in range(math.ceil(recipe.epochs))]
     total = int(len(epochs[0]) * recipe.epochs)
     if total == 0:
         raise ValueError(f"--epochs {recipe.epochs} of {len(epochs[0])} batches is not one step")
@@ -565,6 +566,12 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--stage", type=int, choices=(1, 2), help="which of the two stages")
+    parser.add_argument("--plan", action="store_true", help="print memory, FLOPs, hours instead")
+    parser.add_argument("--gpus", type=int, default=8, help="of the plan")
+    parser.add_argument("--gpu", default="a100-80", choices=plan.GPUS, help="of the plan: its kind")
+    parser.add_argument("--mfu", type=float, default=0.4, help="of the plan: share of the peak")
+    parser.add_argument("--samples", type=int, help="of the plan; default: the official data's")
+    parser.add_argument("--tokens", type=float, help="of the plan: of a sample, pictures included")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of runs instead")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     add_flags(parser)
@@ -573,6 +580,9 @@ def main():
         sys.exit(subprocess.call([sys.executable, TINY.parent / "plot.py", *args.plot]))
     if args.stage is None:
         parser.error("--stage 1 or --stage 2")
+    if args.plan:
+        recipe, stage1 = recipe_of(args, args.stage), RECIPES[args.config]()[1]
+        return plan.show(args.config, recipe, args.stage, stage1, args)
     # Of states written by one process; that they are whole is what we want.
     warnings.filterwarnings("ignore", message="torch.distributed is ")
     try:
