@@ -415,6 +415,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
         log_file = out / "log.jsonl"
         if start and log_file.exists():  # steps after the saved state are done again
             rows = log_file.read_text().splitlines(keepends=True)
+            rows = [row for row in rows if row.endswith("\n")]  # the last may be cut off
             kept = [row for row in rows if json.loads(row).get("step", -1) < start]
             log_file.with_suffix(".tmp").write_text("".join(kept))
             os.replace(log_file.with_suffix(".tmp"), log_file)
