@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -34,7 +35,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as dcp_state
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -48,6 +48,7 @@ import checkpoint
 import data
 import lora
 import plan
+import states
 import tokenizer
 from image import ImageConfig
 from layouts import stored_name
@@ -57,9 +58,6 @@ from recipes import RECIPES, TINY, Recipe, add_flags, recipe_of
 from vit import ViT
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What may differ when a run is resumed: it changes no batch and no gradient, but for rounding.
-FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile", "micro_batch"}
-FREE |= {"timeout", "eval_data", "eval_every", "save_dtype", "max_bad", "on_bad"}
 
 
 def build_model(recipe: Recipe) -> LLaVA:
@@ -162,91 +160,6 @@ def learning_rate(step: int, total: int, warmup: float) -> float:
     if step < rise:
         return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, total - rise)))
-
-
-# ---- states: what a stopped run goes on from ------------------------------------------------
-
-
-def newest_state(out: Path) -> Path | None:
-    """The last state that was saved whole: it got its name when it was complete."""
-    found = sorted(out.glob("states/step-*[0-9]"))
-    return found[-1] if found else None
-
-
-def save_state(out: Path, keep: int, model, optimizer, notes: dict):
-    """Write weights that learn, optimizer and random state, each process its own shards.
-
-    All of it goes to a temporary folder, which is renamed when it is complete; then the oldest
-    states are removed. Whenever the process dies, there is a whole state.
-    """
-    parallel = dist.is_initialized()
-    rank = dist.get_rank() if parallel else 0
-    target = out / "states" / f"step-{notes['step']:08}"
-    work = target.with_suffix(".tmp")
-    if rank == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    if parallel:
-        dist.barrier()
-    try:
-        dcp.save(tensors_of(model, optimizer), checkpoint_id=work, no_dist=not parallel)
-        torch.save(torch.get_rng_state(), work / f"random-{rank}.pt")
-    except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise ValueError(
-            f"the state of step {notes['step']} could not be saved ({reason}); "
-            f"the one before is untouched: {newest_state(out) or 'there is none'}"
-        ) from None
-    if parallel:
-        dist.barrier()
-    if rank == 0:
-        (work / "notes.json").write_text(json.dumps(notes))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(work, target)
-        for old in sorted(out.glob("states/step-*[0-9]"))[:-keep]:
-            shutil.rmtree(old)
-    if parallel:
-        dist.barrier()
-
-
-def tensors_of(model, optimizer) -> dict:
-    options = dcp_state.StateDictOptions(ignore_frozen_params=True)
-    return {
-        "model": dcp_state.get_model_state_dict(model, options=options),
-        "optimizer": dcp_state.get_optimizer_state_dict(model, optimizer, options=options),
-    }
-
-
-def load_state(out: Path, recipe: Recipe, model, optimizer) -> dict:
-    """Fill model and optimizer from the newest state; returns the notes it was saved with."""
-    state = newest_state(out)
-    if state is None:
-        raise ValueError(f"nothing to resume: there is no state in {out / 'states'}")
-    try:
-        notes = json.loads((state / "notes.json").read_text())
-    except (OSError, ValueError) as error:
-        raise unreadable(state, error) from None
-    now = asdict(recipe)
-    changed = [k for k, v in now.items() if k not in FREE and notes["recipe"].get(k) != v]
-    if changed:
-        raise ValueError(f"{state} was written with another --{', --'.join(changed)}")
-    tensors = tensors_of(model, optimizer)
-    try:
-        dcp.load(tensors, checkpoint_id=state, no_dist=not dist.is_initialized())
-    except (Exception, dcp.api.CheckpointException) as error:  # nearly anything, if it is damaged
-        raise unreadable(state, error) from None
-    options = dcp_state.StateDictOptions(strict=False, ignore_frozen_params=True)
-    dcp_state.set_model_state_dict(model, tensors["model"], options=options)
-    dcp_state.set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if (state / f"random-{rank}.pt").exists():
-        torch.set_rng_state(torch.load(state / f"random-{rank}.pt", weights_only=True))
-    return notes
-
-
-def unreadable(state: Path, error) -> ValueError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[-1][:200]
-    return ValueError(f"{state} cannot be read ({reason}); remove it to go on from the one before")
 
 
 def export(model, recipe: Recipe, stage: int, image_config):
@@ -393,8 +306,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
     # ---- resume ----
     out = Path(recipe.out)
     start, lost = 0, [0, 0]  # skipped records, cut turns
-    if resume or (restarted and newest_state(out)):
-        notes = load_state(out, recipe, model, optimizer)
+    if resume or (restarted and states.newest(out)):
+        notes = states.load(out, recipe, model, optimizer)
         start, lost = notes["step"], notes["lost"]
 
     def notes_at(step: int) -> dict:
@@ -538,12 +451,12 @@ def train(stage: int, resume: bool, recipe: Recipe):
                     f"{memory_gb(device):.1f} GB  {clock(seconds)} gone, {left} left"
                 )
         if n_stop and done < total:
-            save_state(out, recipe.keep, model, optimizer, notes_at(done))
+            states.save(out, recipe.keep, model, optimizer, notes_at(done))
             if rank == 0:
                 say(f"stopped after step {done}; the same command with --resume goes on")
             break
         if done % recipe.save_every == 0 and done < total:
-            save_state(out, recipe.keep, model, optimizer, notes_at(done))
+            states.save(out, recipe.keep, model, optimizer, notes_at(done))
 
     # ---- the trained model ----
     else:
@@ -581,13 +494,13 @@ def main():
         sys.exit(subprocess.call([sys.executable, TINY.parent / "plot.py", *args.plot]))
     if args.stage is None:
         parser.error("--stage 1 or --stage 2")
-    if args.plan:
-        recipe, stage1 = recipe_of(args, args.stage), RECIPES[args.config]()[1]
-        return plan.show(args.config, recipe, args.stage, stage1, args)
     # Of states written by one process; that they are whole is what we want.
     warnings.filterwarnings("ignore", message="torch.distributed is ")
     try:
-        train(args.stage, args.resume, recipe_of(args, args.stage))
+        recipe = recipe_of(args, args.stage)
+        if args.plan:
+            return plan.show(args.config, recipe, args.stage, RECIPES[args.config]()[1], args)
+        train(args.stage, args.resume, recipe)
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:
@@ -595,6 +508,13 @@ def main():
             "train.py: out of memory; smaller steps at a time: --micro-batch, or --recompute full, "
             "or more processes"
         )
+    except RuntimeError as error:
+        # What torch.distributed raises when another process is gone or out of reach.
+        if not dist.is_initialized() or not re.search(r"gloo|nccl|onnection|imed out", str(error)):
+            raise
+        reason = str(error).strip().splitlines()[-1][:200]
+        say(f"train.py: the processes have lost each other ({reason}); --resume goes on")
+        os._exit(1)  # at a normal exit this one would wait for the others
 
 
 if __name__ == "__main__":

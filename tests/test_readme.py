@@ -1,5 +1,6 @@
 """python -m pytest tests/test_readme.py: what the README says is so."""
 
+import functools
 import json
 import re
 import subprocess
@@ -46,12 +47,15 @@ def test_every_module_of_the_house_is_in_the_tour():
     assert named == {path.name for path in ROOT.glob("*.py")}
 
 
+@functools.cache
+def help_of(path: Path):
+    return subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+
+
 def test_every_flag_that_is_shown_exists():
     for script, rest in re.findall(r"python (?:\S*/)?(\w+\.py)([^\n#|`]*)", README):
         path = next(p for p in (ROOT / script, ROOT / "tiny" / script) if p.exists())
-        shown = subprocess.run(
-            [sys.executable, path, "--help"], capture_output=True, text=True
-        ).stdout
+        shown = help_of(path).stdout
         for flag in re.findall(r"--[a-z-]+", rest):
             assert flag in shown, f"{script} has no {flag}"
 
@@ -65,5 +69,5 @@ def test_the_table_is_the_one_that_was_measured():
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_every_file_says_what_it_is(path):
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+    done = help_of(path)
     assert done.returncode == 0 and len(done.stdout) > 40

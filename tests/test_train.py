@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -309,6 +310,75 @@ def test_torchrun_brings_a_killed_process_back(start, stage1, alone, tmp_path):
     one, two = (torch.tensor(losses(folder)) for folder in (alone["modality"], tmp_path))
     assert torch.allclose(one, two, rtol=1e-5)
     assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.fixture
+def two_nodes():
+    """Two network namespaces with a cable between them: their names and a function that cuts it."""
+    names = ("llava-node-0", "llava-node-1")
+
+    def ip(*args, node=None, check=True):
+        inside = ("ip", "netns", "exec", node) if node else ()
+        subprocess.run([*inside, "ip", *args], check=check, capture_output=True)
+
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("network namespaces need root and the ip command")
+    try:
+        ip("link", "add", "cable0", "type", "veth", "peer", "name", "cable1")
+        for i, name in enumerate(names):
+            ip("link", "set", f"cable{i}", "netns", name)
+            ip("addr", "add", f"10.77.0.{i + 1}/24", "dev", f"cable{i}", node=name)
+            for device in (f"cable{i}", "lo"):
+                ip("link", "set", device, "up", node=name)
+        yield names, lambda: ip("link", "set", "cable0", "down", node=names[0])
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
+
+
+def test_two_nodes_stop_when_the_link_between_them_is_cut(
+    start, stage1, alone, tmp_path, two_nodes
+):
+    """torchrun on two "nodes"; the run stops within the timeout, says so, and is resumed by one."""
+    names, cut = two_nodes
+    more = ("--model", stage1, *SHORT, "--batching", "modality", "--save-every", 2)
+    more += ("--timeout", 8)
+    running = []
+    for i, name in enumerate(names):
+        node = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
+        node += ["--nnodes", "2", "--node-rank", str(i), "--nproc-per-node", "1"]
+        node += ["--master-addr", "10.77.0.1", "--master-port", "29511"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"cable{i}"}
+        running.append(
+            subprocess.Popen(
+                [*node, *command(start, tmp_path, *more)],
+                cwd=ROOT,
+                env=env,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        )
+    try:
+        wait_for(running[0], tmp_path, 4)
+        cut()
+        started = time.time()
+        said = [process.communicate(timeout=90)[1] for process in running]
+        assert time.time() - started < 60
+        assert all(process.returncode != 0 for process in running)
+        # While a state was being written, it says that: the state before is whole.
+        pattern = r"train.py: (the processes have lost each other|the state .* could not be saved)"
+        assert any(re.search(pattern, text) for text in said)
+    finally:
+        for process in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    run(*command(start, tmp_path, *more, "--resume"))
+    one, both = (torch.tensor(losses(folder)) for folder in (alone["modality"], tmp_path))
+    assert torch.allclose(one, both, rtol=1e-5)
 
 
 def test_a_full_disk_stops_the_run_and_keeps_the_state_before(start, stage1, tmp_path):
