@@ -88,7 +88,9 @@ def theirs(stage: int, lengths):
         num_hidden_layers=TEXT["n_layers"],
         num_attention_heads=TEXT["n_heads"],
     )
-    config = transformers.LlavaConfig(vision, text, image_token_index=IMAGE)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE
+    )
     model = transformers.LlavaForConditionalGeneration(config)
     model.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
