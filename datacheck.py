@@ -91,7 +91,9 @@ def check(samples: Conversations, workers: int, row_length: int) -> int:
     seen = sum(len({pictures[i] for i in row} - {0}) for row in rows)
     padding = 100 * (1 - sum(lengths) / (len(rows) * row_length))
     print(f"\npacked: {len(rows):,} rows of {row_length} tokens, {padding:.1f} % padding;", end=" ")
-    print(f"{seen:,} pictures through the tower for {(pictures != 0).sum():,} records")
+    n_asked = int((pictures != 0).sum())
+    saved = (n_asked - seen) * samples.n_visual((640, 480))
+    print(f"{seen:,} pictures read for {n_asked:,} records, {saved:,} visual words saved")
     return len(bad)
 
 
