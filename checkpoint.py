@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 import layouts
 import tokenizer
-from configs import STORED_AS, Config, hf_config, hf_preprocessor, read_json, vision_from_shapes
+from configs import DTYPES, Config, hf_config, hf_preprocessor, read_json, vision_from_shapes
 from layouts import NAMES, stored_name, translated
 from weightfile import (
     CheckpointError,
@@ -568,7 +568,7 @@ def main():
         command.add_argument("folder", help="checkpoint: a folder, a CLIP file or a downloaded id")
         if name == "convert":
             command.add_argument("out", help="folder to write")
-            command.add_argument("--dtype", choices=STORED_AS, help="default: as stored")
+            command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
         command.add_argument("--model-base", help="what a delta, LoRA or lone projector belongs to")
         command.add_argument("--vision-tower", help="CLIP checkpoint to use as the tower")
     args = parser.parse_args()
@@ -577,7 +577,7 @@ def main():
         if args.command == "inspect":
             inspect(args.folder, *extra)
         elif args.command == "convert":
-            convert(args.folder, args.out, *extra, STORED_AS.get(args.dtype))
+            convert(args.folder, args.out, *extra, DTYPES.get(args.dtype))
         else:
             from compare import compare
 

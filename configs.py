@@ -72,7 +72,7 @@ NOTES = "llava_from_scratch"  # key of config.json for what transformers has no 
 MAX_JSON = 2**26  # bytes
 LIMITS = {"n_layers": 1000, "max_positions": 2**24}
 LIMIT = 2**20  # of any other size
-STORED_AS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Config:

@@ -192,7 +192,7 @@ class Conversations(torch.utils.data.Dataset):
     ):
         self.path, self.images, self.records = path, Path(images), Records(path)
         self.tokenizer, self.template = tokenizer, template
-        self.image_config, self.n_visual = image_config, n_visual or one_word
+        self.image_config, self.n_visual = image_config, n_visual or functools.partial(constant, 1)
         self.max_length, self.on_long, self.on_bad = max_length, on_long, on_bad
         self.image_order, self.seed = image_order, seed
 
@@ -255,36 +255,42 @@ class Conversations(torch.utils.data.Dataset):
 
         A bad record has length 0 here; what is wrong with it is said when it is loaded.
         """
-        loader = torch.utils.data.DataLoader(
-            Lengths(self), 64, collate_fn=list, num_workers=workers
-        )
-        found = (length for part in loader for length in part)
-        return list(progress(found, len(self), "tokenising"))
+        return of_each(self.length, len(self), workers, "tokenising")
 
-
-class Lengths(torch.utils.data.Dataset):
-    """The lengths of the samples of a `Conversations`; of pictures, at most the size is read."""
-
-    def __init__(self, samples: Conversations):
-        self.samples = samples
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> int:
-        record = self.samples.records[index]
+    def length(self, index: int) -> int:
+        record = self.records[index]
         try:
-            tiled = self.samples.image_config.aspect == "anyres"
-            files = [self.samples.images / file for file in files_of(record)]
+            tiled = self.image_config.aspect == "anyres"  # else a picture need not be opened
+            files = [self.images / file for file in files_of(record)]
             sizes = [image.size_of(file) if tiled else None for file in files]
-            ids, _, _ = self.samples.encode(record, index, sizes)
+            ids, _, _ = self.encode(record, index, sizes)
         except ValueError:
             return 0
-        return len(ids) + sum(self.samples.n_visual(size) - 1 for size in sizes)
+        return len(ids) + sum(self.n_visual(size) - 1 for size in sizes)
 
 
-def one_word(size) -> int:
-    return 1
+class Calls(torch.utils.data.Dataset):
+    """function(0), function(1), ... as a data set, so that a loader's workers can call it."""
+
+    def __init__(self, function, n: int):
+        self.function, self.n = function, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index: int):
+        return self.function(index)
+
+
+def of_each(function, n: int, workers: int, doing: str) -> list:
+    """[function(0), ..., function(n - 1)], called in `workers` processes, with progress."""
+    calls = Calls(function, n)
+    loader = torch.utils.data.DataLoader(calls, 16, collate_fn=list, num_workers=workers)
+    return list(progress((found for part in loader for found in part), n, doing))
+
+
+def constant(n: int, size) -> int:
+    return n
 
 
 def refuse(text: str):
@@ -318,20 +324,15 @@ def collate(rows) -> dict:
     rows = [row for row in rows if row] or [[NOTHING]]
     samples = [sample for row in rows for sample in row]
 
-    def joined(key, padding):
-        whole = [torch.cat([sample[key] for sample in row]) for row in rows]
+    def joined(part, padding=0):
+        """part(number of the sample in its row, sample), int[T] -> int[B, T] of whole rows."""
+        whole = [torch.cat([part(n, s) for n, s in enumerate(row, start=1)]) for row in rows]
         return torch.nn.utils.rnn.pad_sequence(whole, batch_first=True, padding_value=padding)
 
-    numbers = [
-        torch.cat(
-            [torch.full_like(sample["input_ids"], n) for n, sample in enumerate(row, start=1)]
-        )
-        for row in rows
-    ]
     batch = {
-        "input_ids": joined("input_ids", 0),
-        "labels": joined("labels", IGNORE),
-        "attention_mask": torch.nn.utils.rnn.pad_sequence(numbers, batch_first=True),
+        "input_ids": joined(lambda n, sample: sample["input_ids"]),
+        "labels": joined(lambda n, sample: sample["labels"], IGNORE),
+        "attention_mask": joined(lambda n, sample: torch.full_like(sample["input_ids"], n)),
         "pixels": [pixels for sample in samples for pixels in sample["pixels"]],
         "image_sizes": [size for sample in samples for size in sample["image_sizes"]],
     }
@@ -400,10 +401,6 @@ def main():
         sys.exit(1 if datacheck.check(samples, args.workers, args.row_length) else 0)
     except ValueError as error:
         flags.exit(2, f"data.py: {error}\n")
-
-
-def constant(n: int, size) -> int:
-    return n
 
 
 if __name__ == "__main__":

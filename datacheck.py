@@ -4,14 +4,13 @@ Check reads every record and decodes every picture, in as many processes as aske
 what training would trip over. Show prints what the model reads, and in green what it learns.
 """
 
+import functools
 import itertools
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import torch
-
 import batches
-from data import IGNORE, Conversations, progress
+from data import IGNORE, Conversations, of_each
 from records import files_of
 
 # The response-format prompts of LLaVA-1.5 (arXiv 2310.03744, table 7), in small letters.
@@ -26,33 +25,25 @@ GREEN, PLAIN = "\033[32m", "\033[0m"
 BARS = 12  # rows of the histogram
 
 
-class Findings(torch.utils.data.Dataset):
-    """What `check` counts of each record; its pictures are decoded and thrown away."""
-
-    def __init__(self, samples: Conversations):
-        self.samples = samples
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> dict:
-        record = self.samples.records[index]
-        files, turns = files_of(record), record["conversations"]
-        text = "\n".join(turn["value"] for turn in turns).lower()
-        found = {
-            "source": files[0].rpartition("/")[0] or "." if files else "text alone",
-            "formats": [prompt for prompt in FORMATS if prompt in text],
-            "led": bool(turns) and turns[0]["from"] == "gpt",
-            "gif": any(is_misnamed_gif(self.samples.images / file) for file in files),
-            "length": 0,
-        }
-        sample = self.samples[index]
-        if "bad" in sample:
-            return found | {"bad": sample["bad"]}
-        length = len(sample["input_ids"])
-        length += sum(self.samples.n_visual(size) - 1 for size in sample["image_sizes"])
-        learned = int((sample["labels"] != IGNORE).sum())
-        return found | {"length": length, "learned": learned, "cut": sample["cut"]}
+def findings(samples: Conversations, index: int) -> dict:
+    """What `check` counts of a record; its pictures are decoded and thrown away."""
+    record = samples.records[index]
+    files, turns = files_of(record), record["conversations"]
+    text = "\n".join(turn["value"] for turn in turns).lower()
+    found = {
+        "source": files[0].rpartition("/")[0] or "." if files else "text alone",
+        "formats": [prompt for prompt in FORMATS if prompt in text],
+        "led": bool(turns) and turns[0]["from"] == "gpt",
+        "gif": any(is_misnamed_gif(samples.images / file) for file in files),
+        "length": 0,
+    }
+    sample = samples[index]
+    if "bad" in sample:
+        return found | {"bad": sample["bad"]}
+    length = len(sample["input_ids"])
+    length += sum(samples.n_visual(size) - 1 for size in sample["image_sizes"])
+    learned = int((sample["labels"] != IGNORE).sum())
+    return found | {"length": length, "learned": learned, "cut": sample["cut"]}
 
 
 def is_misnamed_gif(file: Path) -> bool:
@@ -65,10 +56,8 @@ def is_misnamed_gif(file: Path) -> bool:
 
 def check(samples: Conversations, workers: int, row_length: int) -> int:
     """Print what is in a data file; returns the number of bad records."""
-    loader = torch.utils.data.DataLoader(
-        Findings(samples), 16, collate_fn=list, num_workers=workers
-    )
-    found = list(progress((item for part in loader for item in part), len(samples), "checking"))
+    ask = functools.partial(findings, samples)
+    found = of_each(ask, len(samples), workers, "checking")
     bad = [item["bad"] for item in found if "bad" in item]
     good = [item for item in found if "bad" not in item]
     for why in bad[:20]:

@@ -22,6 +22,7 @@ import torch
 import data
 import image
 import templates
+from configs import DTYPES
 from data import IMAGE_TAG, IMAGE_TOKEN
 from llama import KVCache
 from llava import LLaVA
@@ -32,7 +33,6 @@ TINY_KNOWS = (
     "about them (the README has its scores); --model takes a real one"
 )
 STOP_TOKENS = 8  # a stop text is looked for among this many tokens
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def choose(logits, temperature: float, top_p: float, generator=None):

@@ -117,7 +117,7 @@ def load(
         frames = getattr(file, "is_animated", False) and file.format != "MPO"
         picture = _to_rgb(file, exif_rotate)
     if frames and warn is not None:
-        warn(f"{path}: has several frames or pages; only the first is used")
+        warn(f"{_name(path)}: has several frames or pages; only the first is used")
     return picture
 
 
@@ -127,9 +127,13 @@ def size_of(path: str | Path | BinaryIO) -> tuple[int, int]:
         return file.size
 
 
+def _name(path) -> str:
+    return getattr(path, "name", "the stream") if hasattr(path, "read") else str(path)
+
+
 @contextmanager
 def _opened(path):
-    name = getattr(path, "name", "the stream") if hasattr(path, "read") else path
+    name = _name(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on metadata, which we do not read

@@ -18,6 +18,7 @@ leaves the machine is the text that `--dry-run` prints.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -61,6 +62,7 @@ SIZES = {"conversation": (1, 200), "detail": (40, 500), "reasoning": (20, 500)} 
 # ---- what the teacher is told ---------------------------------------------------------------
 
 
+@functools.cache
 def read_seeds(kind: str) -> list[dict]:
     """The messages before the question: system text, then examples as turns."""
     text = (SEEDS / f"{kind}.txt").read_text()

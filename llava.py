@@ -80,11 +80,14 @@ class LLaVA(nn.Module):
         self.projector = build_projector(config.projector, config.vision.dim, config.text.dim)
         self.language_model = LLaMA(config.text)
         if config.image.aspect == "anyres":
-            # Ends each row of tiles in the sequence, as a line break ends a line of text.
-            dim = config.text.dim
-            self.image_newline = nn.Parameter(torch.randn(dim) * dim**-0.5)
+            self.add_newline()
         self.tokenizer = None  # set by from_pretrained when the folder has one
         self.template = config.template
+
+    def add_newline(self):
+        """AnyRes: what ends each row of tiles in the sequence, as a line break ends a line."""
+        dim = self.config.text.dim
+        self.image_newline = nn.Parameter(torch.randn(dim) * dim**-0.5)
 
     @classmethod
     def from_pretrained(cls, path, vision_tower=None, dtype=None, device=None, base=None):

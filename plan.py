@@ -112,9 +112,7 @@ def activation_bytes(text: LLaMAConfig, recompute: str, width: int = 2) -> int:
         return width * d
     if recompute == "selective":
         return width * (d + q + 2 * kv + 2 * d + 2 * f)
-    norms = 2 * ((4 if width < 4 else 0) + 2 * width) * d
-    if width == 4:
-        norms = 2 * 2 * width * d + 2 * width * d
+    norms = 2 * (4 + 2 * width) * d
     return norms + width * (2 * q + 2 * kv) + width * 4 * f + 4 * text.n_heads
 
 

@@ -88,6 +88,13 @@ def draw_runs(runs: dict[str, list[dict]]) -> Image.Image:
     return picture
 
 
+def draw(paths, out: Path):
+    """Draw runs into a PNG. Raises ValueError for what is no run."""
+    runs = {str(path): read_log(Path(path)) for path in paths}
+    draw_runs(runs).save(out)
+    print(f"{out}: {', '.join(f'{name} {len(rows)} steps' for name, rows in runs.items())}")
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -96,11 +103,9 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write")
     args = parser.parse_args()
     try:
-        runs = {str(run): read_log(run) for run in args.runs}
+        draw(args.runs, args.out)
     except ValueError as error:
         parser.exit(2, f"plot.py: {error}\n")
-    draw_runs(runs).save(args.out)
-    print(f"{args.out}: {', '.join(f'{name} {len(rows)} steps' for name, rows in runs.items())}")
 
 
 if __name__ == "__main__":

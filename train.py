@@ -48,16 +48,16 @@ import checkpoint
 import data
 import lora
 import plan
+import plot
 import states
 import tokenizer
+from configs import DTYPES, hf_config
 from image import ImageConfig
 from layouts import stored_name
 from llama import LLaMA
 from llava import LLaVA, LLaVAConfig
 from recipes import RECIPES, TINY, Recipe, add_flags, recipe_of
 from vit import ViT
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def build_model(recipe: Recipe) -> LLaVA:
@@ -68,10 +68,8 @@ def build_model(recipe: Recipe) -> LLaVA:
         if recipe.aspect != "anyres" or model.config.image.aspect == "anyres":
             return model
         tiled = replace(model.config.image, aspect="anyres", grid_pinpoints=None)
-        whole, words = model, model.tokenizer
-        model = LLaVA(replace(model.config, image=tiled))
-        model.vision_tower, model.language_model = whole.vision_tower, whole.language_model
-        model.projector, model.tokenizer = whole.projector, words
+        model.config = replace(model.config, image=tiled)
+        model.add_newline()
         return model
     if not recipe.vision_tower:
         raise ValueError(f"{recipe.model} is a language model only: add --vision-tower DIR")
@@ -173,7 +171,7 @@ def export(model, recipe: Recipe, stage: int, image_config):
     config = asdict(replace(model.config, image=image_config, template=recipe.template))
     words, ids = tokenizer.files(source.path), source.config.token_ids()
     if recipe.lora_rank:
-        base = checkpoint.hf_config("language_model", config["text"], torch.float16, ids)
+        base = hf_config("language_model", config["text"], torch.float16, ids)
         base |= {
             "model_type": "llava_llama",
             "architectures": ["LlavaLlamaForCausalLM"],
@@ -274,16 +272,23 @@ def train(stage: int, resume: bool, recipe: Recipe):
             recipe.seed,
         )
 
-    def batches_of(samples, order):
+    def micro_batches_of(samples, hands):
+        """This process's micro-batches of each global batch, which `hands` shares out.
+
+        Every process gets as many as the one with most: FSDP waits for all.
+        """
         micro = recipe.micro_batch or recipe.batch
-        return torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             samples,
-            batch_sampler=order,
+            batch_sampler=[hand[rank] for hand in hands],
             num_workers=recipe.workers,
             collate_fn=lambda rows: [
                 data.collate(rows[i : i + micro]) for i in range(0, len(rows), micro)
             ],
         )
+        for hand, found in zip(hands, loader, strict=True):
+            most = math.ceil(max(map(len, hand)) / micro)
+            yield found + [data.collate([]) for _ in range(most - len(found))]
 
     samples = open_data(recipe.data)
     packing, pictures = recipe.batching == "packed", samples.records.pictures
@@ -358,8 +363,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
         order = batches.by_length(words, recipe.batch, 0, 0)
         shares = [batches.deal(batch, words, world) for batch in order]
         loss = n = 0
-        for micro_batches in batches_of(held_out, [share[rank] for share in shares]):
-            for batch in micro_batches or [data.collate([])]:
+        for micro_batches in micro_batches_of(held_out, shares):
+            for batch in micro_batches:
                 batch.pop("lost", None)
                 n += int((batch["labels"] != data.IGNORE).sum())
                 loss += loss_of(batch, "sum").item()
@@ -368,17 +373,12 @@ def train(stage: int, resume: bool, recipe: Recipe):
         return loss / max(1, n)
 
     # ---- the loop ----
-    loader = batches_of(samples, [hand[rank] for hand in hands[start:]])
     started = last_shown = time.time()
     norms, n_seen, n_tokens = [], 0, 0
-    for step, micro_batches in enumerate(loader, start):
+    for step, micro_batches in enumerate(micro_batches_of(samples, hands[start:]), start):
         rate = learning_rate(step, total, recipe.warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate
-        # Every process takes as many backward passes as the one with most: FSDP waits for all.
-        micro = recipe.micro_batch or recipe.batch
-        most = math.ceil(max(map(len, hands[step])) / micro)
-        micro_batches += [data.collate([]) for _ in range(most - len(micro_batches))]
         bad, cut = zip(*(batch.pop("lost", ((), 0)) for batch in micro_batches), strict=True)
         bad = [why for found in bad for why in found]
         if bad and recipe.on_bad == "error":
@@ -398,7 +398,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
         if n_learned == 0:
             raise ValueError(f"step {step} has no token to learn from, see {out / 'skipped.txt'}")
 
-        loss = 0.0
+        loss = torch.zeros((), device=device)
         for i, (batch, n) in enumerate(zip(micro_batches, learned, strict=True)):
             if parallel:  # gradients are summed over the processes once, after the last
                 model.set_requires_gradient_sync(i + 1 == len(micro_batches))
@@ -407,8 +407,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
                 weight = 1 / max(1, n) / (len(micro_batches) * world)
             part = loss_of(batch, "sum") * weight
             (part * world).backward()  # FSDP takes the mean over the processes
-            loss += part.item()
-        (loss,) = over_processes(loss)
+            loss += part.detach()
+        (loss,) = over_processes(loss.item())
         norm = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
         if not math.isfinite(loss + norm):
@@ -490,13 +490,13 @@ def main():
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
     add_flags(parser)
     args = parser.parse_args()
-    if args.plot:
-        sys.exit(subprocess.call([sys.executable, TINY.parent / "plot.py", *args.plot]))
-    if args.stage is None:
+    if args.stage is None and not args.plot:
         parser.error("--stage 1 or --stage 2")
     # Of states written by one process; that they are whole is what we want.
     warnings.filterwarnings("ignore", message="torch.distributed is ")
     try:
+        if args.plot:
+            return plot.draw(args.plot, Path("curves.png"))
         recipe = recipe_of(args, args.stage)
         if args.plan:
             return plan.show(args.config, recipe, args.stage, RECIPES[args.config]()[1], args)

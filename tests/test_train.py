@@ -276,17 +276,22 @@ def test_a_signal_saves_and_ends_the_run(start, stage1, stage2, tmp_path, name):
     assert moved(ours, theirs) == set()
 
 
+def kill_a_worker(process):
+    """SIGKILL one of torchrun's processes, and wait for what torchrun makes of it."""
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate()
+
+
 def test_one_of_two_processes_is_killed_and_the_run_is_resumed_by_one(
     start, stage1, alone, tmp_path
 ):
     more = ("--model", stage1, *SHORT, "--batching", "modality", "--save-every", 2)
     process = begin(start, tmp_path, *more, launcher=torchrun(2))
     wait_for(process, tmp_path, 4)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate()
+    kill_a_worker(process)
     assert process.returncode != 0
     assert list(tmp_path.glob("states/step-*[0-9]"))
     # One process goes on where two were.
@@ -302,11 +307,7 @@ def test_torchrun_brings_a_killed_process_back(start, stage1, alone, tmp_path):
     launcher = (*torchrun(2), "--max-restarts", "3")
     process = begin(start, tmp_path, *more, "--timeout", 20, launcher=launcher)
     wait_for(process, tmp_path, 4)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate()
+    kill_a_worker(process)
     one, two = (torch.tensor(losses(folder)) for folder in (alone["modality"], tmp_path))
     assert torch.allclose(one, two, rtol=1e-5)
     assert (tmp_path / "model.safetensors").exists()
