@@ -432,7 +432,9 @@ def train(stage: int, resume: bool, recipe: Recipe):
             measured = held_out_loss()
         if rank == 0:
             seconds = time.time() - started
-            n_seen, n_tokens = n_seen + sum(map(len, hands[step])), n_tokens + n_learned
+            items = [item for hand in hands[step] for item in hand]
+            n_seen += sum(len(item) if isinstance(item, tuple) else 1 for item in items)
+            n_tokens += n_learned
             row = {"step": step, "loss": round(loss, 6), "grad_norm": round(norm, 4)}
             row |= {"lr": recipe.lr * rate, "samples_per_s": round(n_seen / seconds, 2)}
             row |= {"tokens_per_s": round(n_tokens / seconds, 1)}

@@ -195,6 +195,18 @@ def test_llava_16_learns_with_its_tower_on_any_number_of_processes(
     assert changed == set(before) - unused - set(last)  # its last block is never run
 
 
+def test_the_held_out_loss_is_the_same_on_two_processes(start, stage1, tmp_path):
+    """240 or so records in batches of 16, five at a time: processes get unequal numbers."""
+    held_out = ("--eval-data", start / "data" / "stage1.json", "--eval-every", 3)
+    flags = ("--model", stage1, *SHORT, *held_out, "--micro-batch", 5, "--batch", 14)
+    found = []
+    for name, launcher in (("one", ()), ("two", torchrun(2))):
+        stage(2, start, tmp_path / name, *flags, launcher=launcher, fails=None)
+        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        found.append([row["eval_loss"] for row in rows if "eval_loss" in row])
+    assert len(found[0]) >= 2 and found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 def test_half_precision_under_fsdp_follows_the_same_curve(start, stage1, alone, tmp_path):
     flags = ("--model", stage1, *SHORT, "--batching", "modality", "--dtype", "bf16")
     stage(2, start, tmp_path, *flags, launcher=torchrun(2), fails=None)
