@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import checkpoint
+from attention import attend, query_tiles
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         x32 = x.float()
         x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return (self.weight * x32.to(x.dtype)).to(x.dtype)
 
 
 def visible_keys(mask, n_queries: int):
@@ -148,13 +149,12 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.grouped = config.n_heads != config.n_kv_heads
         self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
         self.o_proj = nn.Linear(q_dim, config.dim, bias=False)
 
-    def forward(self, x, rope, visible, cache):
+    def forward(self, x, rope, tiles, cache):
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, Dh)
@@ -163,9 +163,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, Dh)
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.grouped
-        )
+        x = attend(q, k, v, tiles, causal=tiles is None)  # (B, H, T, Dh)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
@@ -188,8 +186,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, rope, visible, cache):
-        x = x + self.self_attn(self.input_layernorm(x), rope, visible, cache)
+    def forward(self, x, rope, tiles, cache):
+        x = x + self.self_attn(self.input_layernorm(x), rope, tiles, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -248,10 +246,12 @@ class LLaMA(nn.Module):
         cache:  holds the S - T tokens before these; the T new ones are appended to it.
         """
         x = self.embed_tokens(token_ids) if embeds is None else embeds
+        if torch.is_autocast_enabled(x.device.type):  # between blocks too, as under FSDP
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         B, T, _ = x.shape
         n_past = cache.length if cache is not None else 0
-        if mask is None and n_past == 0:
-            visible = None  # plain causal attention, for which fast kernels exist
+        if mask is None and n_past == 0 and x.device.type != "cpu":
+            tiles = None  # plain causal attention, for which fast kernels exist
             positions = torch.arange(T, device=x.device)[None]  # (1, T)
         else:
             if mask is None:
@@ -263,13 +263,13 @@ class LLaMA(nn.Module):
                 )
             visible = visible_keys(mask, T)  # (B, T, S)
             positions = visible.sum(-1) - 1  # (B, T)
-            visible = visible[:, None]  # (B, 1, T, S)
+            tiles = query_tiles(visible)
         rope = rope_tables(positions, self.config, x.dtype)
         for block in self.layers:
             if self.recompute == "none" or not self.training:
-                x = block(x, rope, visible, cache)
+                x = block(x, rope, tiles, cache)
             else:
-                x = recomputed(block, x, rope, visible, cache, everything=self.recompute == "full")
+                x = recomputed(block, x, rope, tiles, cache, everything=self.recompute == "full")
         if cache is not None:
             cache.length += T
         return self.norm(x)

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import checkpoint
@@ -266,35 +267,23 @@ class LLaVA(nn.Module):
                 f"the text has {is_image.sum()} <image> and {len(pixels)} pictures were given: "
                 "there must be one for each"
             )
-        features = iter(self.encode_images(pixels, image_sizes) if len(pixels) else ())
-        rows = []
-        for ids, row_labels, row_mask in zip(input_ids, labels, attention_mask, strict=True):
-            keep = row_mask != 0
-            n_images = int((ids[keep] == IMAGE_TOKEN).sum())
-            row_features = [next(features) for _ in range(n_images)]
-            rows.append(self.splice(ids[keep], row_labels[keep], row_mask[keep], row_features))
-        embeds, labels, mask = zip(*rows, strict=True)
-        length = max(len(row) for row in mask)
-        return (
-            pad(embeds, length, 0, pad_left),  # (B, T', D)
-            pad(labels, length, IGNORE, pad_left),  # (B, T')
-            pad(mask, length, 0, pad_left),  # (B, T')
-        )
+        features = self.encode_images(pixels, image_sizes) if len(pixels) else []
+        # How often each token stands in the sequence: padding not at all, a picture as many times
+        # as it has visual words. Ids, labels and mask grow alike; then the features are laid in.
+        repeats = (attention_mask != 0).long()  # (B, T)
+        repeats[is_image] = torch.tensor([len(f) for f in features]).to(repeats)
 
-    def splice(self, ids, labels, mask, features):
-        """Replace each IMAGE_TOKEN of one row by its picture's features; int[T] -> [T', ...].
+        def grown(rows, fill):
+            rows = [row.repeat_interleave(n) for row, n in zip(rows, repeats, strict=True)]
+            return pad_sequence(rows, True, fill, "left" if pad_left else "right")  # (B, T')
 
-        The place of a picture is first repeated once per feature, in ids, labels and mask alike;
-        then the features are laid into the repeated places.
-        """
+        ids, labels = grown(input_ids, 0), grown(labels, IGNORE)
+        mask = grown(attention_mask, 0)
         is_image = ids == IMAGE_TOKEN
-        repeats = torch.ones_like(ids)
-        repeats[is_image] = torch.tensor([len(f) for f in features], device=ids.device).to(ids)
-        ids, labels, mask = (row.repeat_interleave(repeats) for row in (ids, labels, mask))  # (T')
-        is_image = ids == IMAGE_TOKEN
-        embeds = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))  # (T', D)
+        embeds = self.language_model.embed_tokens(ids.masked_fill(is_image, 0))  # (B, T', D)
         if features:
-            embeds = embeds.masked_scatter(is_image[:, None], torch.cat(features).to(embeds.dtype))
+            words = torch.cat(features).to(embeds.dtype)
+            embeds = embeds.masked_scatter(is_image[..., None], words)
         return embeds, labels.masked_fill(is_image, IGNORE), mask
 
 
@@ -313,15 +302,6 @@ def margins(grid_size, image_size) -> tuple[int, int]:
 def needed(mask):
     """The mask, or None if it only holds padding on the right: no causal query ever sees that."""
     return mask if mask.max() > 1 else None
-
-
-def pad(rows, length: int, value, left: bool):
-    """Stack rows [Ti, ...] into [B, length, ...], filling with `value` on one side."""
-    padded = rows[0].new_full((len(rows), length, *rows[0].shape[1:]), value)
-    for i, row in enumerate(rows):
-        start = length - len(row) if left else 0
-        padded[i, start : start + len(row)] = row
-    return padded
 
 
 def main():

@@ -304,7 +304,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
     if parallel:
         shard_model(model, recipe, device, dtype)
     groups = parameter_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.999), 1e-8)
+    optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.999), 1e-8, fused=True)
     trainable = [p for group in groups for p in group["params"]]
     torch.manual_seed(recipe.seed + rank)  # of dropout
 

@@ -121,7 +121,7 @@ def side(name: str, stage: int, lengths):
     model, loss = {"ours": ours, "theirs": theirs}[name](stage, lengths)
     model.train()
     learns = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learns, 1e-4)
+    optimizer = torch.optim.AdamW(learns, 1e-4, fused=name == "ours" or None)
 
     def step():
         with torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,73 @@
+"""Attention, softmax(q k^T / sqrt(Dh)) v, computed by what is fastest where it runs.
+
+Three ways give the same numbers, but for rounding. torch's scaled_dot_product_attention is the
+usual one. On a CPU that multiplies bfloat16 in hardware it is slower than the formula written out
+with two matrix products, twice as slow in training (benchmarks/attention_cpu.py), so there the
+formula is written out. In both cases queries are taken in tiles, each with only the keys that it
+can see: half the work is saved in a causal sequence, and nearly all between packed documents.
+
+llama.py says who sees whom (`visible_keys`); vit.py has no mask. Read next: llama.py.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+TILE = 256  # queries at a time, on a CPU
+
+
+def query_tiles(visible):
+    """Cut the queries in tiles: bool[B, T, S] -> [(queries, keys, mask)].
+
+    `queries` and `keys` are slices of T and S, mask is bool[B, 1, t, s]. All keys that a query of
+    the tile sees are in it. Elsewhere than on a CPU there is one tile. With tiles of two queries:
+
+        x . . . .
+        x x . . .      queries 0-1 with keys 0-1
+        . . x . .      queries 2-3 with keys 2-3: another document, what came before is not read
+        . . x x .
+        . . x x x      query 4 with keys 2-4
+    """
+    n_queries = visible.shape[1]
+    if visible.device.type != "cpu" or n_queries == 1:
+        return [(slice(None), slice(None), visible[:, None])]
+    tiles = []
+    for start in range(0, n_queries, TILE):
+        queries = slice(start, start + TILE)
+        seen = visible[:, queries].flatten(0, 1).any(0).nonzero()
+        keys = slice(int(seen[0]), int(seen[-1]) + 1)
+        tiles.append((queries, keys, visible[:, None, queries, keys]))
+    return tiles
+
+
+def attend(q, k, v, tiles=None, causal: bool = False):
+    """float[B, H, T, Dh] with K heads of keys and values, float[B, K, S, Dh] -> like q.
+
+    `tiles` come from query_tiles; without them every query sees every key, or with `causal` those
+    that are not after it (T = S).
+    """
+    if tiles is None:
+        return one_tile(q, k, v, causal=causal)
+    parts = [one_tile(q[:, :, i], k[:, :, j], v[:, :, j], mask) for i, j, mask in tiles]
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def one_tile(q, k, v, mask=None, causal: bool = False):
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] > 1 and not causal:
+        return written_out(q, k, v, mask)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+    )
+
+
+def written_out(q, k, v, mask=None):
+    """The formula. The H / K query heads that share a head of keys are laid end to end."""
+    (B, H, T, Dh), K, S = q.shape, k.shape[1], k.shape[2]
+    q = (q * Dh**-0.5).reshape(B, K, -1, Dh)  # (B, K, H/K * T, Dh)
+    scores = (q @ k.transpose(2, 3)).view(B, K, -1, T, S)  # (B, K, H/K, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], -math.inf)
+    weights = scores.softmax(-1).view(B, K, -1, S)
+    return (weights @ v).view(B, H, T, Dh)
