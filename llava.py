@@ -102,12 +102,16 @@ class LLaVA(nn.Module):
         source = checkpoint.Checkpoint(path, base, vision_tower)
         config = cls.read_config(source)
         model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device)
-        sources = (source.path, source.base.path) if base else (source.path,)
-        file = next(filter(None, map(tokenizer.find, sources)), None)
-        model.tokenizer = tokenizer.load(file) if file else None
-        if model.tokenizer and config.image_start_end:
-            model.tokenizer.image_frame = ("<im_start>", "<im_end>")
+        model.read_tokenizer(source)
         return model
+
+    def read_tokenizer(self, source: "checkpoint.Checkpoint"):
+        """Set `tokenizer` from the files of a checkpoint or its base; None if there is none."""
+        paths = (source.path, source.base.path) if source.base else (source.path,)
+        file = next(filter(None, map(tokenizer.find, paths)), None)
+        self.tokenizer = tokenizer.load(file) if file else None
+        if self.tokenizer and self.config.image_start_end:
+            self.tokenizer.image_frame = ("<im_start>", "<im_end>")
 
     @staticmethod
     def read_config(source: "checkpoint.Checkpoint") -> LLaVAConfig:

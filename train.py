@@ -36,13 +36,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp_state
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 
+import assemble
 import batches
 import checkpoint
 import data
@@ -52,94 +47,8 @@ import plot
 import states
 import tokenizer
 from configs import DTYPES, hf_config
-from image import ImageConfig
 from layouts import stored_name
-from llama import LLaMA
-from llava import LLaVA, LLaVAConfig
 from recipes import RECIPES, TINY, Recipe, add_flags, recipe_of
-from vit import ViT
-
-
-def build_model(recipe: Recipe) -> LLaVA:
-    """A LLaVA as it is, or a LLaMA and a CLIP with a new projector between them; in float32."""
-    source = checkpoint.Checkpoint(recipe.model)
-    if source.part != "language_model":
-        model = LLaVA.from_pretrained(recipe.model, recipe.vision_tower or None, torch.float32)
-        if recipe.aspect != "anyres" or model.config.image.aspect == "anyres":
-            return model
-        tiled = replace(model.config.image, aspect="anyres", grid_pinpoints=None)
-        model.config = replace(model.config, image=tiled)
-        model.add_newline()
-        return model
-    if not recipe.vision_tower:
-        raise ValueError(f"{recipe.model} is a language model only: add --vision-tower DIR")
-    vit = ViT.from_pretrained(recipe.vision_tower, torch.float32)
-    llama = LLaMA.from_pretrained(recipe.model, torch.float32)
-    pictures = ImageConfig(vit.config.image_size, recipe.aspect)
-    model = LLaVA(LLaVAConfig(vit.config, llama.config, pictures, recipe.projector))
-    model.vision_tower, model.language_model = vit, llama
-    model.tokenizer = tokenizer.load(source.path)
-    return model
-
-
-def freeze(model: LLaVA, recipe: Recipe, dtype: torch.dtype):
-    """Decide what learns: that stays float32, all else is kept in the compute type."""
-    model.requires_grad_(False)
-    model.projector.requires_grad_(True)
-    if hasattr(model, "image_newline"):
-        model.image_newline.requires_grad_(True)
-    model.vision_tower.requires_grad_(recipe.tower_lr > 0)
-    model.language_model.requires_grad_(recipe.train_llm)
-    if recipe.lora_rank:
-        sizes = recipe.lora_rank, recipe.lora_alpha, recipe.lora_dropout
-        lora.add_lora(model.language_model, *sizes)
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
-
-
-def parameter_groups(model: LLaVA, recipe: Recipe) -> list[dict]:
-    """What learns, by part: its peak rate, and weight decay for matrices only."""
-    rates = {
-        "projector": recipe.projector_lr or recipe.lr,
-        "language_model": recipe.lr,
-        "vision_tower": recipe.tower_lr,
-    }
-    groups: dict[tuple, dict] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = name.partition(".")[0].replace("image_newline", "projector")  # learn together
-            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
-            group = {"params": [], "name": part, "peak": rates[part], "weight_decay": decay}
-            groups.setdefault((part, decay), group)["params"].append(parameter)
-    return list(groups.values())
-
-
-def shard_model(model: LLaVA, recipe: Recipe, device: torch.device, dtype: torch.dtype):
-    """FSDP2: every block is cut into pieces, gathered where it is needed and let go again.
-
-    A frozen tower stays whole on every process. With --shard N each group of N processes holds a
-    copy of the model (HSDP): between nodes only gradients travel.
-    """
-    world, shard = dist.get_world_size(), recipe.shard or dist.get_world_size()
-    if world % shard:
-        raise ValueError(f"--shard {shard} does not divide the {world} processes")
-    shape, names = (world // shard, shard), ("replicate", "shard")
-    if shard == world:
-        shape, names = (world,), ("shard",)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    how = {"mesh": mesh} | ({} if dtype == torch.float32 else {"mp_policy": policy})
-    whole = set()
-    if recipe.tower_lr:
-        for block in model.vision_tower.layers:
-            fully_shard(block, **how)
-    else:
-        whole = set(model.vision_tower.parameters())
-    for block in model.language_model.layers:
-        fully_shard(block, **how)
-    fully_shard(model, ignored_params=whole, **how)
-    register_fsdp_forward_method(model, "loss")
 
 
 def order_of(recipe: Recipe, lengths, pictures, epoch: int) -> list:
@@ -231,15 +140,16 @@ def train(stage: int, resume: bool, recipe: Recipe):
     bf16 = torch.cuda.is_bf16_supported() if on_gpu else torch.cpu._is_avx512_bf16_supported()
     dtype = DTYPES[recipe.dtype] if recipe.dtype != "auto" else DTYPES["bf16" if bf16 else "fp32"]
     torch.manual_seed(recipe.seed)
-    model = build_model(recipe)
-    if model.config.image.aspect == "anyres" != recipe.aspect:
-        raise ValueError(f"{recipe.model} reads AnyRes pictures: add --aspect anyres")
-    freeze(model, recipe, dtype)
+    model, stored = assemble.describe(recipe)
+    assemble.freeze(model, recipe, dtype)
     counts = {
         name: (sum(p.numel() for p in part.parameters() if p.requires_grad), part)
         for name, part in model.named_children()
     }
-    model.to(device).train()
+    if parallel:
+        assemble.shard_model(model, recipe, device, dtype)
+    assemble.fill(model, stored, device)
+    model.train()
     model.language_model.recompute = recipe.recompute
     if recipe.compile:
         for block in [*model.language_model.layers, *model.vision_tower.layers]:
@@ -300,10 +210,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
     hands = [batches.deal(batch, lengths, world) for epoch in epochs for batch in epoch][:total]
     held_out = open_data(recipe.eval_data) if recipe.eval_data else None
 
-    # ---- optimizer, and FSDP2 if there are several processes ----
-    if parallel:
-        shard_model(model, recipe, device, dtype)
-    groups = parameter_groups(model, recipe)
+    # ---- optimizer ----
+    groups = assemble.parameter_groups(model, recipe)
     optimizer = torch.optim.AdamW(groups, recipe.lr, (0.9, 0.999), 1e-8, fused=True)
     trainable = [p for group in groups for p in group["params"]]
     torch.manual_seed(recipe.seed + rank)  # of dropout
