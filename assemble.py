@@ -129,7 +129,7 @@ def fill(model: LLaVA, stored: dict, device: torch.device):
 
 
 def piece(whole: torch.Tensor, parameter: torch.nn.Parameter, device) -> torch.Tensor:
-    """What this process holds of a tensor: a copy, with the place, type and shards of `parameter`."""
+    """What this process holds of a tensor: a copy, of the type and in the shards of `parameter`."""
     if not isinstance(parameter, DTensor):
         return whole.to(device, parameter.dtype, copy=True)
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -84,6 +84,7 @@ class Recipe:
     out: str = flag("", "folder for the log, the resume states and the trained model")
     save_every: int = flag(500, "steps between two resume states")
     keep: int = flag(2, "resume states that are kept")
+    save_in_background: bool = flag(True, "train on while a state is written, from a copy of it")
     save_dtype: str = flag("fp16", "type of the saved model's tensors: fp16, bf16, fp32")
     eval_data: str = flag("", "held-out JSON file, for a loss every --eval-every steps")
     eval_every: int = flag(100, "steps between two held-out losses")

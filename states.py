@@ -11,10 +11,12 @@ Read next: train.py.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -26,7 +28,15 @@ from recipes import Recipe
 
 # What may differ when a run is resumed: it changes no batch and no gradient, but for rounding.
 FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile", "micro_batch"}
-FREE |= {"timeout", "eval_data", "eval_every", "save_dtype", "max_bad", "on_bad"}
+FREE |= {
+    "timeout",
+    "save_in_background",
+    "eval_data",
+    "eval_every",
+    "save_dtype",
+    "max_bad",
+    "on_bad",
+}
 
 
 def newest(out: Path) -> Path | None:
@@ -35,41 +45,86 @@ def newest(out: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(out: Path, keep: int, model, optimizer, notes: dict):
-    """Write weights that learn, optimizer and random state, each process its own shards.
+class Saver:
+    """Writes the states of a run, each process its own shards.
 
-    All of it goes to a temporary folder, which is renamed when it is complete; then the oldest
+    All of a state goes to a temporary folder, which is renamed when it is complete; then the oldest
     states are removed. Whenever the process dies, there is a whole state.
+
+    With `background` the tensors are copied to CPU memory, and the run goes on while they are
+    written; its processes talk about that by themselves, in a group of their own.
     """
-    parallel = dist.is_initialized()
-    rank = dist.get_rank() if parallel else 0
-    target = out / "states" / f"step-{notes['step']:08}"
-    work = target.with_suffix(".tmp")
-    if rank == 0:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-    if parallel:
-        dist.barrier()
-    try:
-        dcp.save(tensors_of(model, optimizer), checkpoint_id=work, no_dist=not parallel)
-        torch.save(torch.get_rng_state(), work / f"random-{rank}.pt")
-        if rank == 0:
-            (work / "notes.json").write_text(json.dumps(notes))
-    except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1][:200]
-        raise ValueError(
-            f"the state of step {notes['step']} could not be saved ({reason}); "
-            f"the one before is untouched: {newest(out) or 'there is none'}"
-        ) from None
-    if parallel:
-        dist.barrier()
-    if rank == 0:
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(work, target)
-        for old in sorted(out.glob("states/step-*[0-9]"))[:-keep]:
-            shutil.rmtree(old)
-    if parallel:
-        dist.barrier()
+
+    def __init__(self, out: Path, recipe: Recipe):
+        self.folder, self.keep = out / "states", recipe.keep
+        self.parallel = dist.is_initialized()
+        self.rank = dist.get_rank() if self.parallel else 0
+        self.background, self.group = recipe.save_in_background, None
+        if self.background and self.parallel:
+            wait = timedelta(seconds=recipe.timeout)
+            self.group = dist.new_group(backend="gloo", timeout=wait)
+        self.writing = None  # (the state, what is done in the background)
+
+    def save(self, model, optimizer, notes: dict):
+        """Write a state; in the background it is whole only after `wait`, or `poll` later on."""
+        self.wait()
+        target = self.folder / f"step-{notes['step']:08}"
+        work = target.with_suffix(".tmp")
+        if self.rank == 0:
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir(parents=True)
+        self.barrier()
+        tensors, how = tensors_of(model, optimizer), {"checkpoint_id": work}
+        how["no_dist"] = not self.parallel
+        with self.named(target):
+            torch.save(torch.get_rng_state(), work / f"random-{self.rank}.pt")
+            if self.rank == 0:
+                (work / "notes.json").write_text(json.dumps(notes))
+            if self.background:
+                self.barrier()  # all that this process group did not write is there
+                done = dcp.async_save(tensors, process_group=self.group, **how)
+                self.writing = target, done
+            else:
+                dcp.save(tensors, **how)
+        if not self.background:
+            self.barrier()
+            self.publish(target)
+
+    def poll(self):
+        """Give a state its name if it has been written meanwhile."""
+        if self.writing and self.writing[1].done():
+            self.wait()
+
+    def wait(self):
+        """Wait for the state that is being written. Raises ValueError if it could not be."""
+        if self.writing:
+            (target, done), self.writing = self.writing, None
+            with self.named(target):
+                done.result()
+            self.publish(target)
+
+    def publish(self, target: Path):
+        if self.rank == 0:
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(target.with_suffix(".tmp"), target)
+            for old in sorted(self.folder.glob("step-*[0-9]"))[: -self.keep]:
+                shutil.rmtree(old)
+
+    def barrier(self):
+        if self.parallel:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def named(self, target: Path):
+        """Turn what goes wrong in writing into one sentence."""
+        try:
+            yield
+        except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1][:200]
+            raise ValueError(
+                f"{target} could not be saved ({reason}); the one before is untouched: "
+                f"{newest(self.folder.parent) or 'there is none'}"
+            ) from None
 
 
 def tensors_of(model, optimizer) -> dict:

@@ -36,6 +36,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dcp_state
+from torch.distributed.rendezvous import rendezvous
 
 import assemble
 import batches
@@ -121,15 +122,19 @@ def memory_gb(device: torch.device) -> float:
 def train(stage: int, resume: bool, recipe: Recipe):
     # ---- processes and devices ----
     parallel = "RANK" in os.environ  # started by torchrun
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    rank, world = 0, 1
     on_gpu = torch.cuda.is_available()
     device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu")
     if parallel:
         if on_gpu:
             torch.cuda.set_device(device)
         wait = timedelta(seconds=recipe.timeout)
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=wait)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun
+        store, rank, world = next(rendezvous("env://", timeout=wait))
+        # torchrun keeps its store over restarts; in it are the addresses of the dead processes.
+        store = dist.PrefixStore(f"restart {restarts}", store)
+        backend = "nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, None, wait, world, rank, store)
     stopping = []  # the signals that asked to stop; a second one ends the run at once
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(
@@ -219,9 +224,10 @@ def train(stage: int, resume: bool, recipe: Recipe):
     # ---- resume ----
     out = Path(recipe.out)
     start, lost = 0, [0, 0]  # skipped records, cut turns
-    if resume or (restarted and states.newest(out)):
+    if resume or (restarts and states.newest(out)):
         notes = states.load(out, recipe, model, optimizer)
         start, lost = notes["step"], notes["lost"]
+    saver = states.Saver(out, recipe)
 
     def notes_at(step: int) -> dict:
         return {"step": step, "lost": lost, "recipe": asdict(recipe), "processes": world}
@@ -360,16 +366,19 @@ def train(stage: int, resume: bool, recipe: Recipe):
                     + f"  {n_seen / seconds:.1f} samples/s  {n_tokens / seconds:.0f} tokens/s  "
                     f"{memory_gb(device):.1f} GB  {clock(seconds)} gone, {left} left"
                 )
+        saver.poll()
         if n_stop and done < total:
-            states.save(out, recipe.keep, model, optimizer, notes_at(done))
+            saver.save(model, optimizer, notes_at(done))
+            saver.wait()
             if rank == 0:
                 say(f"stopped after step {done}; the same command with --resume goes on")
             break
         if done % recipe.save_every == 0 and done < total:
-            states.save(out, recipe.keep, model, optimizer, notes_at(done))
+            saver.save(model, optimizer, notes_at(done))
 
     # ---- the trained model ----
     else:
+        saver.wait()
         export(model, recipe, stage, image_config)
         if rank == 0:
             shutil.rmtree(out / "states", ignore_errors=True)

@@ -119,7 +119,7 @@ def test_resuming_continues_to_the_same_bits(start, stage1, stage2, tmp_path):
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
-    assert done.returncode == 7 and len(losses(tmp_path / "out")) == 10
+    assert done.returncode == 7 and len(losses(tmp_path / "out")) >= 10
     with open(tmp_path / "out" / "log.jsonl", "a") as log:  # two steps more, lost with the process
         print('{"step": 10, "loss": 9}\n{"step": 11, "loss": 9}', file=log)
     run(*args, "--resume")
@@ -294,7 +294,7 @@ def kill_a_worker(process):
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(children[-1]), signal.SIGKILL)
-    process.communicate()
+    return process.communicate()[1]
 
 
 def test_one_of_two_processes_is_killed_and_the_run_is_resumed_by_one(
@@ -315,12 +315,12 @@ def test_one_of_two_processes_is_killed_and_the_run_is_resumed_by_one(
 
 def test_torchrun_brings_a_killed_process_back(start, stage1, alone, tmp_path):
     more = ("--model", stage1, *SHORT, "--batching", "modality", "--save-every", 2)
-    # gloo now and then does not find together again; then a restart more, after the timeout.
-    launcher = (*torchrun(2), "--max-restarts", "3")
+    launcher = (*torchrun(2), "--max-restarts", "1")
     process = begin(start, tmp_path, *more, "--timeout", 20, launcher=launcher)
     wait_for(process, tmp_path, 4)
-    kill_a_worker(process)
+    said = kill_a_worker(process)
     one, two = (torch.tensor(losses(folder)) for folder in (alone["modality"], tmp_path))
+    assert len(one) == len(two), said
     assert torch.allclose(one, two, rtol=1e-5)
     assert (tmp_path / "model.safetensors").exists()
 
@@ -383,7 +383,7 @@ def test_two_nodes_stop_when_the_link_between_them_is_cut(
         assert time.time() - started < 60
         assert all(process.returncode != 0 for process in running)
         # While a state was being written, it says that: the state before is whole.
-        pattern = r"train.py: (the processes have lost each other|the state .* could not be saved)"
+        pattern = r"train.py: (the processes have lost each other|.* could not be saved)"
         assert any(re.search(pattern, text) for text in said)
     finally:
         for process in running:
