@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 import torch
 
 import checkpoint
+from data import IGNORE
 from image import ImageConfig
 from llama import LLaMAConfig
-from llava import LLaVA, LLaVAConfig
+from llava import LOSS_CHUNK, LLaVA, LLaVAConfig
 from recipes import CLIP_224, Recipe
 from vit import ViTConfig
 
@@ -98,6 +99,25 @@ def sizes_of(config: LLaVAConfig, recipe: Recipe) -> Sizes:
     return Sizes(n["vision_tower"], n["projector"], n["language_model"], learning, block, lora)
 
 
+def peak_flops(device_name: str) -> float | None:
+    """bf16 FLOP/s of a GPU by the name that CUDA gives it; None if it is not in the table."""
+    for kind, (_, tflops) in GPUS.items():
+        if kind.partition("-")[0].upper() in device_name.upper():
+            return 1e12 * tflops
+    return None
+
+
+def batch_flops(config: LLaVAConfig, recipe: Recipe, batch: dict) -> float:
+    """Model FLOPs of training on a micro-batch, as `data.collate` makes it."""
+    mask, sizes = batch["attention_mask"], batch["image_sizes"]
+    samples = int(mask.amax(1).sum())  # the samples of a row are numbered from 1
+    words = int((mask != 0).sum()) + sum(config.n_visual(size) - 1 for size in sizes)
+    learned = int((batch["labels"] != IGNORE).sum())
+    # Packed conversations about one picture hold the same tensor: it is looked at once.
+    views = sum({id(tiles): len(tiles) for tiles in batch["pixels"]}.values())
+    return samples * step_flops(config, recipe, *(n / samples for n in (words, learned, views)))
+
+
 def activation_bytes(text: LLaMAConfig, recompute: str, width: int = 2) -> int:
     """Bytes that one block keeps of one token for backward; `width`: of a number.
 
@@ -156,15 +176,16 @@ def memory_gb(config, recipe: Recipe, sizes: Sizes, shard: int, tokens: float) -
     frozen = sizes.tower + sizes.projector + sizes.llm + sizes.lora - sizes.learning
     whole = 0 if recipe.tower_lr else sizes.tower
     root = sizes.projector + 2 * config.text.vocab_size * config.text.dim
+    copies = 2 * sizes.learning  # of one process alone: what learns, once more in bfloat16
     per_token = config.text.n_layers * activation_bytes(config.text, recipe.recompute)
-    if recipe.recompute != "none":  # and one block as a whole, while it is computed again
-        per_token += activation_bytes(config.text, "none")
+    logits = 3 * 4 * min(LOSS_CHUNK, 0.4 * tokens) * config.text.vocab_size
+    block = activation_bytes(config.text, "none") * tokens if recipe.recompute != "none" else 0
     return {
         "weights, gradients, moments": 16 * sizes.learning / shard / 1e9,
         "frozen weights": 2 * (whole + (frozen - whole) / shard) / 1e9,
-        "gathered": (2 * 2 * sizes.block + (2 + 4) * root) / 1e9 if shard > 1 else 0.0,
+        "gathered": (2 * 2 * sizes.block + (2 + 4) * root if shard > 1 else copies) / 1e9,
         "activations": per_token * tokens / 1e9,
-        "logits": 3 * 4 * 4096 * config.text.vocab_size / 1e9,
+        "logits, or a block again": max(logits, block) / 1e9,
         "runtime": RUNTIME_GB,
     }
 
@@ -176,6 +197,18 @@ def traffic_gb(sizes: Sizes, recipe: Recipe, gpus: int, shard: int) -> tuple[flo
     inside = share * (2 * 2 * sharded + 4 * sizes.learning)  # gathered twice, gradients once
     between = 2 * 4 * sizes.learning / shard if gpus > shard else 0
     return inside / 1e9, between / 1e9
+
+
+def expected(config, recipe: Recipe, processes: int, words: float) -> str:
+    """One line before a run: `words` are those of a mean sample, or tokens of a packed row."""
+    tokens = words
+    if recipe.batching != "packed":
+        tokens = 1.3 * words + config.n_visual((640, 480))  # a word is about 1.3 tokens
+    shard = recipe.shard or processes
+    micro = recipe.micro_batch or max(1, recipe.batch // processes)
+    kinds = memory_gb(config, recipe, sizes_of(config, recipe), shard, micro * tokens)
+    total = sum(kinds.values())
+    return f"about {recipe.batch * tokens:,.0f} tokens a step; {total:.1f} GB on a GPU (plan.py)"
 
 
 def show(name: str, recipe: Recipe, stage: int, stage1: Recipe, args):

@@ -2,7 +2,7 @@
 
     python plot.py runs/stage2 [RUN ...] --out curves.png
 
-Reads the log.jsonl of each run. Each curve is a running mean over a hundredth of the run; the thin
+Reads the run.jsonl of each run. Each curve is a running mean over a hundredth of the run; the thin
 line behind it is what was measured.
 """
 
@@ -19,7 +19,7 @@ PANELS = {"loss": "loss", "eval_loss": "held-out loss", "grad_norm": "gradient n
 
 def read_log(run: Path) -> list[dict]:
     """The steps of a run. Raises ValueError if it has none."""
-    file = run / "log.jsonl" if run.is_dir() else run
+    file = run / "run.jsonl" if run.is_dir() else run
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
     except (OSError, ValueError) as error:
@@ -99,7 +99,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their log.jsonl")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, or their run.jsonl")
     parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write")
     args = parser.parse_args()
     try:

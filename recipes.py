@@ -88,6 +88,7 @@ class Recipe:
     save_dtype: str = flag("fp16", "type of the saved model's tensors: fp16, bf16, fp32")
     eval_data: str = flag("", "held-out JSON file, for a loss every --eval-every steps")
     eval_every: int = flag(100, "steps between two held-out losses")
+    watch: str = flag("", "show the run in tensorboard or wandb too (not installed with this)")
 
     def __post_init__(self):
         for name in ("batch", "epochs", "save_every", "keep", "eval_every", "row_length"):

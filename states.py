@@ -31,6 +31,7 @@ FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile",
 FREE |= {
     "timeout",
     "save_in_background",
+    "watch",
     "eval_data",
     "eval_every",
     "save_dtype",
@@ -77,7 +78,7 @@ class Saver:
         tensors, how = tensors_of(model, optimizer), {"checkpoint_id": work}
         how["no_dist"] = not self.parallel
         with self.named(target):
-            torch.save(torch.get_rng_state(), work / f"random-{self.rank}.pt")
+            torch.save(random_state(), work / f"random-{self.rank}.pt")
             if self.rank == 0:
                 (work / "notes.json").write_text(json.dumps(notes))
             if self.background:
@@ -127,6 +128,11 @@ class Saver:
             ) from None
 
 
+def random_state() -> dict:
+    gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | gpu
+
+
 def tensors_of(model, optimizer) -> dict:
     options = dcp_state.StateDictOptions(ignore_frozen_params=True)
     return {
@@ -158,7 +164,10 @@ def load(out: Path, recipe: Recipe, model, optimizer) -> dict:
     dcp_state.set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=options)
     rank = dist.get_rank() if dist.is_initialized() else 0
     if (state / f"random-{rank}.pt").exists():
-        torch.set_rng_state(torch.load(state / f"random-{rank}.pt", weights_only=True))
+        random = torch.load(state / f"random-{rank}.pt", weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
     return notes
 
 

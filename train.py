@@ -101,6 +101,28 @@ def export(model, recipe: Recipe, stage: int, image_config):
     checkpoint.save(out, "llava", weights, config, words, DTYPES[recipe.save_dtype], ids)
 
 
+def watcher(name: str, out: Path, header: dict):
+    """A function that shows a row of the log in TensorBoard or Weights & Biases, if installed."""
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            board = SummaryWriter(out / "tensorboard")
+            return lambda row: [
+                board.add_scalar(key, value, row["step"])
+                for key, value in row.items()
+                if isinstance(value, (int, float)) and key != "step"
+            ]
+        if name == "wandb":
+            import wandb
+
+            run = wandb.init(project="llava", dir=out, config=header)
+            return lambda row: run.log(row, step=row["step"])
+    except ImportError:
+        raise ValueError(f"--watch {name} needs another package: pip install {name}") from None
+    raise ValueError(f"--watch {name}: expected tensorboard or wandb, or both with a comma")
+
+
 def clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -119,7 +141,7 @@ def memory_gb(device: torch.device) -> float:
 # ---- the run ---------------------------------------------------------------------------------
 
 
-def train(stage: int, resume: bool, recipe: Recipe):
+def train(stage: int, resume: bool, recipe: Recipe, export_only: bool = False):
     # ---- processes and devices ----
     parallel = "RANK" in os.environ  # started by torchrun
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -170,7 +192,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
         if parallel:
             dist.barrier()
     image_config = replace(model.config.image, aspect=recipe.aspect)
-    n_visual = replace(model.config, image=image_config).n_visual
+    looks = replace(model.config, image=image_config)
 
     def open_data(path: str) -> data.Conversations:
         return data.Conversations(
@@ -180,7 +202,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
             recipe.template,
             image_config,
             recipe.max_length,
-            n_visual,
+            looks.n_visual,
             recipe.on_long,
             "skip",  # what is done about a bad record is decided in the loop
             recipe.image_order,
@@ -228,6 +250,14 @@ def train(stage: int, resume: bool, recipe: Recipe):
         notes = states.load(out, recipe, model, optimizer)
         start, lost = notes["step"], notes["lost"]
     saver = states.Saver(out, recipe)
+    if export_only:
+        export(model, recipe, stage, image_config)
+        if rank == 0:
+            say(f"exported the state of step {start} to {out}")
+        if parallel:
+            dist.barrier()
+            dist.destroy_process_group()
+        return
 
     def notes_at(step: int) -> dict:
         return {"step": step, "lost": lost, "recipe": asdict(recipe), "processes": world}
@@ -244,7 +274,9 @@ def train(stage: int, resume: bool, recipe: Recipe):
             n = sum(p.numel() for p in part.parameters())
             kind = "float32" if learning else str(dtype).removeprefix("torch.")
             say(f"{name:16} {n:15,} {learning:15,}  {kind:9} {rates.get(name, 'frozen')}")
-        log_file = out / "log.jsonl"
+        words = recipe.row_length if packing else statistics.mean(lengths)
+        say(plan.expected(looks, recipe, world, words))
+        log_file = out / "run.jsonl"
         if start and log_file.exists():  # steps after the saved state are done again
             rows = log_file.read_text().splitlines(keepends=True)
             rows = [row for row in rows if row.endswith("\n")]  # the last may be cut off
@@ -255,6 +287,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
         header = {"stage": stage, "recipe": asdict(recipe), "torch": torch.__version__}
         header |= {"processes": world, "device": str(device), "dtype": str(dtype)}
         print(json.dumps(header), file=log, flush=True)
+        watchers = [watcher(name, out, header) for name in recipe.watch.split(",") if name]
 
     def loss_of(batch: dict, reduction: str):
         batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
@@ -288,7 +321,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
 
     # ---- the loop ----
     started = last_shown = time.time()
-    norms, n_seen, n_tokens = [], 0, 0
+    norms, n_seen, n_tokens, n_flops = [], 0, 0, 0.0
+    peak = plan.peak_flops(torch.cuda.get_device_name()) if on_gpu else None
     for step, micro_batches in enumerate(micro_batches_of(samples, hands[start:]), start):
         rate = learning_rate(step, total, recipe.warmup)
         for group in optimizer.param_groups:
@@ -301,7 +335,8 @@ def train(stage: int, resume: bool, recipe: Recipe):
             with open(out / "skipped.txt", "a") as file:
                 file.writelines(f"{why}\n" for why in bad)
         learned = [int((b["labels"] != data.IGNORE).sum()) for b in micro_batches]
-        sums = over_processes(sum(learned), len(bad), sum(cut), len(stopping))
+        flops = sum(plan.batch_flops(looks, recipe, batch) for batch in micro_batches)
+        *sums, flops = over_processes(sum(learned), len(bad), sum(cut), len(stopping), flops)
         n_learned, n_bad, n_cut, n_stop = map(int, sums)
         lost = [lost[0] + n_bad, lost[1] + n_cut]
         if lost[0] > recipe.max_bad:
@@ -348,14 +383,19 @@ def train(stage: int, resume: bool, recipe: Recipe):
             seconds = time.time() - started
             items = [item for hand in hands[step] for item in hand]
             n_seen += sum(len(item) if isinstance(item, tuple) else 1 for item in items)
-            n_tokens += n_learned
+            n_tokens, n_flops = n_tokens + n_learned, n_flops + flops
+            speed = n_flops / seconds / world  # model FLOP/s of each process
+            used = f"MFU {speed / peak:.0%}" if peak else f"{speed / 1e12:.2f} TFLOP/s"
             row = {"step": step, "loss": round(loss, 6), "grad_norm": round(norm, 4)}
             row |= {"lr": recipe.lr * rate, "samples_per_s": round(n_seen / seconds, 2)}
             row |= {"tokens_per_s": round(n_tokens / seconds, 1)}
+            row |= {"tflops": round(speed / 1e12, 3)} | ({"mfu": speed / peak} if peak else {})
             row |= {"skipped": lost[0], "cut_turns": lost[1]} if any(lost) else {}
             row |= {"eval_loss": round(measured, 6)} if measured is not None else {}
             row |= {"spike": hands[step]} if spiked else {}
             print(json.dumps(row), file=log, flush=True)
+            for write in watchers:
+                write(row)
             if time.time() - last_shown > 5 or done == total or measured is not None or spiked:
                 last_shown = time.time()
                 left = clock((total - done) * seconds / (done - start))
@@ -364,7 +404,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
                     + (f"  held out {measured:.4f}" if measured is not None else "")
                     + ("  a spike, not followed" if spiked else "")
                     + f"  {n_seen / seconds:.1f} samples/s  {n_tokens / seconds:.0f} tokens/s  "
-                    f"{memory_gb(device):.1f} GB  {clock(seconds)} gone, {left} left"
+                    f"{used}  {memory_gb(device):.1f} GB  {clock(seconds)} gone, {left} left"
                 )
         saver.poll()
         if n_stop and done < total:
@@ -407,6 +447,7 @@ def main():
     parser.add_argument("--tokens", type=float, help="of the plan: of a sample, pictures included")
     parser.add_argument("--plot", nargs="+", metavar="RUN", help="draw the curves of runs instead")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--export", action="store_true", help="write the model of the last state")
     add_flags(parser)
     args = parser.parse_args()
     if args.stage is None and not args.plot:
@@ -419,7 +460,7 @@ def main():
         recipe = recipe_of(args, args.stage)
         if args.plan:
             return plan.show(args.config, recipe, args.stage, RECIPES[args.config]()[1], args)
-        train(args.stage, args.resume, recipe)
+        train(args.stage, args.resume or args.export, recipe, args.export)
     except ValueError as error:
         sys.exit(f"train.py: {error}")
     except torch.OutOfMemoryError:

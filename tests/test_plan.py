@@ -1,16 +1,22 @@
 """python -m pytest tests/test_plan.py: what the plan counts is what a small run does."""
 
+import functools
 import subprocess
 import sys
+import weakref
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+import attention
 import plan
 from image import ImageConfig
 from llama import LLaMA, LLaMAConfig
@@ -45,9 +51,81 @@ def test_flops_are_those_that_torch_counts(recipe, tower_lr):
     assert planned == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Attention by torch's own kernel, which keeps no weights of attention for backward."""
+    torchs = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
+    monkeypatch.setattr(attention, "written_out", lambda q, k, v, mask: torchs(q, k, v, mask))
+
+
+class Peak(TorchDispatchMode):
+    """Counts the bytes of the tensors that are alive, and the most of them."""
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.alive, self.now, self.most = {}, 0, 0
+        for tensor in tensors:
+            self.see(tensor)
+
+    def see(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self.gone, storage._cdata)
+
+    def gone(self, key):
+        self.now -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.see(tensor)
+        return out
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("n_rows", [2, 16])
+def test_memory_is_that_of_a_whole_step(as_on_a_gpu, recompute, n_rows):
+    """Forward and backward of two micro-batches and an update, one process."""
+    text = replace(TEXT, vocab_size=2000, dim=256, mlp_dim=688, n_layers=6, n_kv_heads=4)
+    vision = replace(CONFIG.vision, image_size=112)
+    config = LLaVAConfig(vision, text, ImageConfig(112))
+    model = LLaVA(config).train()
+    model.vision_tower.requires_grad_(False).bfloat16()
+    model.language_model.recompute = recompute
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, 1e-3, fused=True)
+    ids = torch.randint(3, 2000, (n_rows, 120))
+    ids[:, 4] = -200
+    labels = torch.full_like(ids, -100)
+    labels[:, 50:] = ids[:, 50:]
+    pixels = [torch.randn(1, 3, 112, 112) for _ in range(n_rows)]
+
+    def step():
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model.loss(ids, pixels, labels=labels)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the moments
+    moments = [t for state in optimizer.state.values() for t in state.values()]
+    with Peak(*model.parameters(), *moments) as peak:
+        step()
+    recipe = replace(STAGE_2, recompute=recompute)
+    sizes = plan.sizes_of(config, recipe)
+    kinds = plan.memory_gb(config, recipe, sizes, 1, n_rows * (119 + 64))
+    planned = sum(kinds.values()) - plan.RUNTIME_GB
+    assert 1e9 * planned == pytest.approx(peak.most, rel=0.1)
+
+
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_activations_are_those_that_torch_keeps(recompute, dtype):
+def test_activations_are_those_that_torch_keeps(as_on_a_gpu, recompute, dtype):
     torch.manual_seed(0)
     sizes = {}
     for n_layers in (2, 6):

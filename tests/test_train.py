@@ -41,7 +41,7 @@ def run(*args, launcher=(), fails=False):
 
 def losses(folder):
     """Of all steps, from the log."""
-    lines = (folder / "log.jsonl").read_text().splitlines(keepends=True)
+    lines = (folder / "run.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n")]
     return [row["loss"] for row in rows if "loss" in row]
 
@@ -120,7 +120,7 @@ def test_resuming_continues_to_the_same_bits(start, stage1, stage2, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 7 and len(losses(tmp_path / "out")) >= 10
-    with open(tmp_path / "out" / "log.jsonl", "a") as log:  # two steps more, lost with the process
+    with open(tmp_path / "out" / "run.jsonl", "a") as log:  # two steps more, lost with the process
         print('{"step": 10, "loss": 9}\n{"step": 11, "loss": 9}', file=log)
     run(*args, "--resume")
     ours, theirs = (load_file(f / "model.safetensors") for f in (tmp_path / "out", stage2))
@@ -202,7 +202,7 @@ def test_the_held_out_loss_is_the_same_on_two_processes(start, stage1, tmp_path)
     found = []
     for name, launcher in (("one", ()), ("two", torchrun(2))):
         stage(2, start, tmp_path / name, *flags, launcher=launcher, fails=None)
-        rows = map(json.loads, (tmp_path / name / "log.jsonl").read_text().splitlines())
+        rows = map(json.loads, (tmp_path / name / "run.jsonl").read_text().splitlines())
         found.append([row["eval_loss"] for row in rows if "eval_loss" in row])
     assert len(found[0]) >= 2 and found[1] == pytest.approx(found[0], rel=1e-5)
 
@@ -234,7 +234,7 @@ def begin(start, out, *more, launcher=(), limit=None):
 
 
 def wait_for(process, out, n_rows: int):
-    while not (out / "log.jsonl").exists() or len(losses(out)) < n_rows:
+    while not (out / "run.jsonl").exists() or len(losses(out)) < n_rows:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
 
@@ -249,11 +249,11 @@ def test_a_run_that_is_killed_again_and_again_ends_in_the_same_bits(
     kills, chance = int(os.environ.get("KILLS", 3)), random.Random(0)
     n_killed = n_writing = n_ended = 0
     while n_killed < kills or not n_ended:
-        before = len(losses(tmp_path)) if (tmp_path / "log.jsonl").exists() else 0
+        before = len(losses(tmp_path)) if (tmp_path / "run.jsonl").exists() else 0
         resumed = ("--resume",) * bool(list(tmp_path.glob("states/step-*[0-9]")))
         process = begin(start, tmp_path, "--model", stage1, "--save-every", 1, *resumed)
         while n_killed < kills and process.poll() is None:
-            if (tmp_path / "log.jsonl").exists() and len(losses(tmp_path)) > before:
+            if (tmp_path / "run.jsonl").exists() and len(losses(tmp_path)) > before:
                 time.sleep(chance.random() * 0.3)
                 break
             time.sleep(0.005)
