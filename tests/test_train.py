@@ -479,3 +479,24 @@ def test_packed_training_runs_and_resumes_from_the_same_plan(start, stage1, tmp_
 def test_a_mistake_is_one_sentence(start, stage1, tmp_path, more, complaint):
     said = stage(2, start, tmp_path, "--model", stage1, *more, fails=True)
     assert complaint in said and "Traceback" not in said
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_blocks_give_the_same_losses(start, stage1, alone, tmp_path):
+    flags = ("--model", stage1, *SHORT, "--batching", "modality", "--compile")
+    stage(2, start, tmp_path, *flags, launcher=torchrun(2), fails=None)
+    one, compiled = (torch.tensor(losses(folder)) for folder in (alone["modality"], tmp_path))
+    assert torch.allclose(one, compiled, rtol=1e-5)
+
+
+def test_the_model_of_the_last_state_is_exported_on_demand(start, stage1, tmp_path):
+    process = begin(start, tmp_path, "--model", stage1, "--save-every", 2)
+    wait_for(process, tmp_path, 4)
+    process.kill()
+    process.communicate()
+    states = sorted(tmp_path.glob("states/step-*[0-9]"))
+    said = run(*command(start, tmp_path, "--model", stage1, "--save-every", 2, "--export"))
+    assert f"exported the state of step {int(states[-1].name[5:])}" in said
+    before, after = (load_file(f / "model.safetensors") for f in (stage1, tmp_path))
+    assert moved(before, after)
+    assert sorted(tmp_path.glob("states/step-*[0-9]")) == states  # still there to go on from
