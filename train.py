@@ -88,6 +88,9 @@ def export(model, recipe: Recipe, stage: int, image_config):
             "mm_vision_tower": recipe.vision_tower or str(source.path),
             "mm_projector_type": config["projector"],
             "mm_vision_select_layer": config["vision_layer"],
+            "mm_vision_select_feature": "cls_patch" if config["keep_class"] else "patch",
+            "mm_use_im_start_end": config["image_start_end"],
+            "mm_use_im_patch_token": False,
             "mm_hidden_size": config["vision"]["dim"],
             "image_aspect_ratio": recipe.aspect,
         }

@@ -207,11 +207,14 @@ def test_the_held_out_loss_is_the_same_on_two_processes(start, stage1, tmp_path)
     assert len(found[0]) >= 2 and found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-def test_half_precision_under_fsdp_follows_the_same_curve(start, stage1, alone, tmp_path):
+def test_half_precision_follows_the_same_curve(start, stage1, alone, tmp_path):
+    """Alone by autocast, under FSDP by its own casts; bfloat16 has 8 bits: 0.4 % a rounding."""
     flags = ("--model", stage1, *SHORT, "--batching", "modality", "--dtype", "bf16")
-    stage(2, start, tmp_path, *flags, launcher=torchrun(2), fails=None)
-    one, two = (torch.tensor(losses(f)) for f in (alone["modality"], tmp_path))
-    assert torch.allclose(one, two, rtol=0.02)
+    for name, launcher in (("one", ()), ("two", torchrun(2))):
+        stage(2, start, tmp_path / name, *flags, launcher=launcher, fails=None)
+        exact, rounded = (torch.tensor(losses(f)) for f in (alone["modality"], tmp_path / name))
+        error = ((rounded - exact) / exact).abs().max()
+        assert error < 1e-3
 
 
 def command(start, out, *more):
