@@ -118,10 +118,9 @@ def fill(model: LLaVA, stored: dict, device: torch.device):
     New ones are drawn from torch's random state, whole, so they do not depend on the shards.
     """
     parameters = dict(model.named_parameters())
-    state = {
-        name: piece(file.read(), parameters[name], device)
-        for name, file in checkpoint.watched(stored)
-    }
+    shown = not dist.is_initialized() or dist.get_rank() == 0
+    files = checkpoint.watched(stored) if shown else stored.items()
+    state = {name: piece(file.read(), parameters[name], device) for name, file in files}
     for name, parameter in parameters.items():
         if name not in state:
             state[name] = piece(new_weight(model, name), parameter, device)

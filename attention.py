@@ -71,3 +71,27 @@ def written_out(q, k, v, mask=None):
         scores = scores.masked_fill(~mask[:, :, None], -math.inf)
     weights = scores.softmax(-1).view(B, K, -1, S)
     return (weights @ v).view(B, H, T, Dh)
+
+
+def main():
+    """Print how three packed documents are cut into tiles, and that nothing is lost."""
+    from llama import visible_keys
+
+    visible = visible_keys(torch.tensor([[1] * 300 + [2] * 200 + [3] * 100]), 600)
+    print("documents of 300, 200 and 100 tokens in a row of 600")
+    tiles = query_tiles(visible)
+    for queries, keys, _ in tiles:
+        print(f"    queries from {queries.start:3}   keys {keys.start:3} to {keys.stop:3}")
+    q, k, v = (torch.randn(1, 4, 600, 64) for _ in range(3))
+    whole = one_tile(q, k, v, visible[:, None])
+    for name, way in (("torch", one_tile), ("written out", written_out)):
+        parts = [way(q[:, :, i], k[:, :, j], v[:, :, j], mask) for i, j, mask in tiles]
+        error = (torch.cat(parts, dim=2) - whole).abs().max()
+        print(f"{name:12} in tiles: {list(whole.shape)} (B, H, T, Dh), difference {error:.0e}")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    main()
