@@ -140,6 +140,17 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def select(self, rows: list[int], max_length: int | None = None):
+        """Keep, reorder or repeat rows of the batch; make room for max_length tokens in all."""
+        rows = torch.tensor(rows, device=self.keys.device)
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(
+                old.shape[0], len(rows), old.shape[2], max_length or old.shape[3], old.shape[4]
+            )
+            new[..., : self.length, :] = old[:, rows, :, : self.length]
+            setattr(self, name, new)
+
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; K key-value heads serve H query heads."""
