@@ -197,6 +197,7 @@ def decode(model, prompts, images, max_new_tokens, how=GREEDY, memory=None, numb
         search_beams(model, rows, images, answers, how)
         yield answers
         return
+    memory = memory if how.answers == 1 else None  # it is of one row
     llama = model.language_model
     n_words = model.tokenizer.vocab_size  # some checkpoints pad the vocabulary to a round number
     hidden, mask, cache = read(model, rows, images, max(a.limit for a in answers), memory)

@@ -54,7 +54,7 @@ def pictures_in(names: list[str]) -> list[str]:
 def read_rows(path) -> list[dict]:
     """The questions in a file, one JSON object a line; a bad line is a row with its error."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ValueError(f"--prompts: cannot read {path} ({error.strerror})") from None
     except UnicodeDecodeError:
