@@ -158,9 +158,10 @@ def load(args) -> LLaVA:
     return model
 
 
-def add_model_flags(flags):
+def add_model_flags(flags, several: bool = False):
     add = flags.add_argument_group("the model").add_argument
-    add("--model", metavar="DIR", help="checkpoint: a folder, or a Hugging Face id; else tiny")
+    how = {"action": "append"} if several else {}
+    add("--model", metavar="DIR", help="checkpoint: folder or Hugging Face id; else tiny", **how)
     add("--model-base", metavar="DIR", help="what a delta, LoRA or lone projector belongs to")
     add("--vision-tower", metavar="DIR", help="CLIP folder to use instead of the checkpoint's own")
     add("--template", help=f"conversation template: {', '.join(templates.TEMPLATES)}")
