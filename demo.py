@@ -25,8 +25,11 @@ from bulk import SUFFIXES
 from decoding import Decoding
 
 HOUR = 3600  # seconds
-MAX_QUESTION = 20_000  # letters, far more than any context
-NO_ANSWER = "no answer"  # title of a message that says why
+MAX_QUESTION = 100_000  # letters, far more than any context
+CUT = {
+    "length": "this was the longest answer that is allowed, see below",
+    "context": "the model's context is full: clear the conversation to start anew",
+}
 KNOBS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
@@ -48,16 +51,14 @@ class Host:
             self.model, self.name, self.memory = generate.load(args), name, Memory()
 
     def reply(self, turns, files, name: str, max_new_tokens: int, how: Decoding):
-        """Yield the answer to the last of `turns`, as it grows. Raises ValueError."""
+        """Yield the Answer to the last of `turns`, as it grows. Raises ValueError."""
         if sum(len(text) for _, text in turns) > MAX_QUESTION:
             raise ValueError(f"the conversation is longer than {MAX_QUESTION} letters: clear it")
         self.load(name)
         pictures = [picture_in(file, os.stat(file).st_mtime_ns) for file in files]
         ids, _ = data.encode_turns(turns, self.model.tokenizer, self.model.template)
         for (answer,) in decode(self.model, [ids], [pictures], max_new_tokens, how, self.memory):
-            yield answer.settled
-        if answer.ended == "context":
-            raise ValueError("the model's context is full: clear the conversation to start anew")
+            yield answer
 
 
 @lru_cache(maxsize=16)
@@ -83,7 +84,7 @@ def turns_of(history, message) -> tuple[list[tuple[str, str]], list[str]]:
                 pictures.append((part.get("file") or part)["path"])
         text = text.replace(data.IMAGE_TAG, "").strip()
         if entry["role"] == "assistant":
-            if text and (entry.get("metadata") or {}).get("title") != NO_ANSWER:
+            if text and not (entry.get("metadata") or {}).get("title"):  # else a remark of ours
                 turns.append(("gpt", text))
             continue
         if turns and turns[-1][0] == "human":
@@ -117,10 +118,15 @@ def build(gr, host: Host, max_queue: int):
             turns, files = turns_of(history, message)
             if not turns[-1][1].replace(data.IMAGE_TAG, "").strip():
                 raise ValueError("there is no question: write one beside the picture")
-            yield from host.reply(turns, files, name, int(max_new_tokens), Decoding(**given))
+            how = Decoding(**given)
+            for answer in host.reply(turns, files, name, int(max_new_tokens), how):
+                yield answer.settled
+            if answer.ended in CUT:
+                why = gr.ChatMessage(CUT[answer.ended], metadata={"title": "cut"})
+                yield [answer.settled, why]
         except (ValueError, OSError) as error:
             # Part of the conversation: gradio's own errors would lock the page (seen in 6.31).
-            yield gr.ChatMessage(str(error), metadata={"title": NO_ANSWER})
+            yield gr.ChatMessage(str(error), metadata={"title": "no answer"})
 
     knobs = [
         gr.Dropdown(host.names, value=host.names[0], label="model"),

@@ -113,10 +113,19 @@ def bad_files(tmp_path):
         (["--max-new-tokens", "0"], "--max-new-tokens"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(bad_files, args, complaint):
-    done = ask(*[a.replace("{bad}", str(bad_files)) for a in args])
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert complaint in done.stderr.splitlines()[-1]
+def test_a_mistake_is_one_sentence_and_exit_code_2(bad_files, args, complaint, monkeypatch, capsys):
+    args = [a.replace("{bad}", str(bad_files)) for a in args]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+    with pytest.raises(SystemExit) as stopped:
+        g.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == ""
+    assert complaint in said.err.splitlines()[-1]
+
+
+def test_the_exit_code_reaches_the_shell():
+    done = ask("--image", "gone.png")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
 def test_an_animated_picture_gives_its_first_frame_and_says_so(tmp_path):
@@ -125,3 +134,33 @@ def test_an_animated_picture_gives_its_first_frame_and_says_so(tmp_path):
     frame.save(tmp_path / "moving.webp", save_all=True, append_images=[blank], lossless=True)
     done = ask("--image", tmp_path / "moving.webp", "--prompt", GOLDEN["question"])
     assert done.stdout == GOLDEN["answer"] + "\n" and "first" in done.stderr
+
+
+def test_the_device_and_its_best_type_are_chosen(monkeypatch):
+    cuda, mps = torch.cuda, torch.backends.mps
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    monkeypatch.setattr(mps, "is_available", lambda: False)
+    assert g.place(None, None) == ("cpu", torch.float32)
+    assert g.place(None, "bf16") == ("cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match="--device is mps"):
+        g.place("mps", None)
+    monkeypatch.setattr(mps, "is_available", lambda: True)
+    monkeypatch.setattr(mps, "is_macos_or_newer", lambda major, minor: major < 14)
+    assert g.place(None, None) == ("mps", torch.float16)
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(cuda, "is_bf16_supported", lambda has=has_bf16, **k: has)
+        assert g.place(None, None) == ("cuda", dtype)
+    assert g.place("cpu", None) == ("cpu", torch.float32)
+
+
+def test_from_python_it_streams_and_answers_a_batch(model, capsys):
+    picture = image.load(STICKERS)
+    ask = lambda text: g.data.render([("human", text)], model.template)  # noqa: E731
+    prompts = [ask("<image>\nWhat is at the top left?"), ask("<image>\nIs there a lemon?")]
+    batch = g.generate(model, prompts, [picture, [picture]], max_new_tokens=20)
+    said = [[], []]
+    for tokens in g.stream(model, prompts, [picture, [picture]], max_new_tokens=20):
+        for row, token in zip(said, tokens, strict=True):
+            row += [] if token is None else [token]
+    assert said == batch and "panda" in model.tokenizer.decode(batch[0])
