@@ -193,7 +193,7 @@ def parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=8, metavar="N", help="questions answered together")
     add_model_flags(flags)
     group = flags.add_argument_group("the answer")
-    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="at most")
+    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
     Decoding.add_flags(group)
     return flags
 

@@ -141,14 +141,19 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
     def select(self, rows: list[int], max_length: int | None = None):
-        """Keep, reorder or repeat rows of the batch; make room for max_length tokens in all."""
-        rows = torch.tensor(rows, device=self.keys.device)
+        """Keep, reorder or repeat rows of the batch; make room for max_length tokens in all.
+
+        Rows that only leave cost no memory: the others move up in the buffers that are there.
+        """
+        in_place = rows == sorted(set(rows)) and max_length is None
         for name in ("keys", "values"):
-            old = getattr(self, name)
-            new = old.new_empty(
-                old.shape[0], len(rows), old.shape[2], max_length or old.shape[3], old.shape[4]
-            )
-            new[..., : self.length, :] = old[:, rows, :, : self.length]
+            old = getattr(self, name)  # (layer, B, K, S, Dh)
+            n_layers, _, n_kv_heads, length, head_dim = old.shape
+            shape = (n_layers, len(rows), n_kv_heads, max_length or length, head_dim)
+            new = old[:, : len(rows)] if in_place else old.new_empty(shape)
+            for place, row in enumerate(rows):
+                if not in_place or place != row:
+                    new[:, place, :, : self.length] = old[:, row, :, : self.length]
             setattr(self, name, new)
 
 
