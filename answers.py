@@ -37,9 +37,7 @@ class Answer:
     def __init__(self, model, stop: tuple[str, ...], max_new_tokens: int, room: int):
         self.tokenizer = model.tokenizer
         self.ends, text = data.stops(model.template, model.tokenizer)
-        self.stops = (
-            (*stop, text) if text else stop
-        )  # v0 ends answers with "###", which is no token
+        self.stops = (*stop, text) if text else stop  # v0's is "###", which is no token
         # A token has one byte or more, so a stop text lies within so many of them.
         self.tail = max((len(text.encode()) + 1 for text in self.stops), default=0)
         self.limit, self.at_limit = min((max_new_tokens, "length"), (room, "context"))
@@ -69,7 +67,7 @@ class Answer:
         """What was said up to a stop text, without blanks around it."""
         text = self.tokenizer.decode(self.said)
         if self.ended == "stop":
-            text = text[: min(text.find(stop) for stop in self.stops if stop in text)]
+            text = text[: min((text.find(s) for s in self.stops if s in text), default=None)]
         return text.rstrip(HALF_A_CHARACTER).strip()
 
     @property

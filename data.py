@@ -307,7 +307,7 @@ def progress(items, total: int, doing: str):
         if time.time() - shown > 1 or (done == total and shown > started):
             shown = time.time()
             rate = done / (shown - started)
-            line = f"{doing}: {done:,} of {total:,}, {rate:,.0f}/s, {(total - done) / rate:.0f} s"
+            line = f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {(total - done) / rate:.0f} s"
             print(f"\r{line} left ", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 

@@ -71,6 +71,9 @@ def test_a_follow_up_does_not_read_the_picture_again():
     turns += [("gpt", first.text), ("human", "Is there a lemon?")]
     *_, second = host.reply(turns, files, "tiny model", 50, Decoding())
     assert first.text == ANSWER and second.text and len(seen) == 1
+    host.names.append("another")  # chosen on the page: it knows nothing of the conversation
+    *_, third = host.reply(turns, files, "another", 50, Decoding())
+    assert host.name == "another" and third.ids == second.ids and len(seen) == 1
     with pytest.raises(ValueError, match="no model is called"):
         list(host.reply(turns, files, "../secret", 50, Decoding()))
 
