@@ -125,6 +125,15 @@ def answered(model, rows, folder, how: Decoding, max_new_tokens: int, batch: int
             yield row | found[number]
 
 
+def as_line(row: dict) -> str:
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a pair of surrogates, which only JSON can write
+        return json.dumps(row)
+    return text
+
+
 def done_before(path: Path, rows: list[dict]) -> int:
     """How many rows `path` holds already; a last line that was cut is taken off.
 
@@ -181,7 +190,7 @@ def run(args, how: Decoding) -> int:
         for row in data.progress(found, len(todo), "answering"):
             n_bad += "error" in row
             if path or args.prompts or args.json:
-                text = json.dumps(row, ensure_ascii=False)
+                text = as_line(row)
             else:
                 text = f"{row['image']}: {row.get('answer', 'error: ' + row.get('error', ''))}"
             print(text, file=out, flush=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 import data
 import image
 from answers import GREEDY, Memory
-from generate import answer, question, say
+from generate import answer, proper_text, question, say
 
 COMMANDS = """\
 /image FILE    show a picture; it goes with your next question
@@ -77,6 +77,7 @@ class Chat:
         return f"{path} goes with your next question"
 
     def set_system(self, text: str) -> str:
+        proper_text(text)
         data.render([("system", text), ("human", "")], self.model.template)  # is there a place?
         self.system = text
         return "the model is told so from now on"

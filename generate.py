@@ -112,8 +112,17 @@ def rounded(answer) -> list[float]:
     return [round(logprob, 5) for logprob in answer.logprobs[: len(answer.ids)]]
 
 
+def proper_text(text: str):
+    """Raises ValueError for what a terminal or JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text has bytes that are no UTF-8; write it anew") from None
+
+
 def question(prompt: str, n_pictures: int) -> str:
     """Put a tag for each picture before the prompt, unless it has tags; then they must match."""
+    proper_text(prompt)
     n_tags = prompt.count(IMAGE_TAG)
     if n_tags == 0:
         return f"{IMAGE_TAG}\n" * n_pictures + prompt

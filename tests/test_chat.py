@@ -79,7 +79,15 @@ def test_a_system_text_is_what_the_model_reads_first(model):
 
 
 @pytest.mark.parametrize(
-    "line", ["/image gone.png", "/image", "/nonsense", "/save /nowhere/x.json", f"/save {STICKERS}"]
+    "line",
+    [
+        "/image gone.png",
+        "/image",
+        "/nonsense",
+        "/save /nowhere/x.json",
+        "/system \udcff",
+        f"/save {STICKERS}",
+    ],
 )
 def test_a_command_that_fails_changes_nothing(model, line):
     talk = chat.Chat(model)
@@ -219,6 +227,15 @@ def test_each_row_has_its_answer_or_its_error(ask_all, questions, tmp_path, mode
     assert found[0]["answer"] == "The paper is green." and found[0]["ended"] == "end"
     alone = g.generate(model, [data.render([("human", rows[2]["prompt"])], "v1")], [None], 512)
     assert found[2]["answer"] == model.tokenizer.decode(alone[0]).strip()
+
+
+def test_text_that_is_no_unicode_is_an_error_of_its_row(ask_all, questions, tmp_path):
+    file, _ = questions
+    file.write_text('{"prompt": "\\ud800"}\n{"prompt": "What is one plus two?"}\n')
+    for _ in range(2):
+        ask_all(*flags(file, tmp_path / "out.jsonl"))
+        found = read(tmp_path / "out.jsonl")
+        assert "error" in found[0] and found[1]["answer"] and len(found) == 2
 
 
 @pytest.mark.parametrize("seed", range(5))

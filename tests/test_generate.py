@@ -108,6 +108,7 @@ def bad_files(tmp_path):
         (["--model", "{bad}/nowhere"], "nowhere"),
         (["--prompt", "<image> and <image>", "--image", str(STICKERS)], "2 <image> for 1"),
         (["--prompt", "word " * 3000], "context"),
+        (["--prompt", "\udcff"], "UTF-8"),
         (["--template", "v9"], "v9"),
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
