@@ -19,7 +19,7 @@ import torch
 import data
 import image
 from data import IMAGE_TOKEN
-from decoding import Chooser, Decoding, beam_search
+from decoding import Chooser, Decoding, beam_search, look_up
 from llama import KVCache
 
 HALF_A_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # stands for bytes whose rest is in the next token
@@ -207,6 +207,10 @@ def decode(model, prompts, images, max_new_tokens, how=GREEDY, memory=None, numb
     if how.answers > 1:
         logits, mask = logits[copies], None if mask is None else mask[copies]
         cache.select(copies)
+    if how.lookup and len(answers) == 1:
+        for _ in look_ahead(model, rows[0], answers[0], logits, cache, chooser, memory):
+            yield answers
+        return
     alive = list(range(len(answers)))  # whose answers the rows of the batch are
     while alive:
         tokens, logprobs = chooser(logits)  # (B), (B)
@@ -224,6 +228,41 @@ def decode(model, prompts, images, max_new_tokens, how=GREEDY, memory=None, numb
             logits = llama(tokens[:, None], mask=mask, cache=cache)[:, -1, :n_words]
             if memory:
                 memory.ids.append(int(tokens))
+
+
+def look_ahead(model, ids, answer: Answer, logits, cache, chooser, memory):
+    """The greedy answer of one row, several tokens a step where they are guessed right.
+
+    The decoder reads the last token and a guess at the next ones (decoding.look_up) in one step,
+    which costs little more than one token, and says what follows each of them:
+
+        read   The | small  panda  is          guessed from what was said before
+        says  small  panda  and    ...         "small" and "panda" were right, "is" is taken back
+    """
+    llama, n_words = model.language_model, model.tokenizer.vocab_size
+    guess: list[int] = []
+    while True:
+        tokens, logprobs = chooser(logits)  # (1 + guessed), (1 + guessed)
+        right = 0
+        for token, logprob, guessed in zip(
+            tokens.tolist(), logprobs.tolist(), [*guess, None], strict=True
+        ):
+            answer.add(token, logprob)
+            yield
+            if answer.ended or token != guessed:
+                break
+            right += 1
+        cache.length -= len(guess) - right
+        if memory:
+            memory.ids += guess[:right]
+        if answer.ended:
+            return
+        n_ahead = min(chooser.how.lookup, answer.limit - len(answer.said))
+        guess = look_up([*ids, *answer.said], n_ahead)
+        feed = torch.tensor([[token, *guess]], device=logits.device)
+        logits = llama(feed, cache=cache)[0, :, :n_words]  # (1 + guessed, V)
+        if memory:
+            memory.ids.append(token)
 
 
 def search_beams(model, rows, images, answers: list[Answer], how: Decoding):

@@ -35,6 +35,7 @@ class Decoding:
     seed: int | None = option(None, "row i of a batch draws with seed + i, alone or together")
     beams: int = option(1, "beam search: the likeliest of so many beginnings kept")
     answers: int = option(1, "so many answers to each prompt")
+    lookup: int = option(0, "guess so many tokens from what was said before; greedy, faster")
     stop: tuple[str, ...] = option((), "text that ends an answer and is left out; may be repeated")
 
     def __post_init__(self):
@@ -47,6 +48,7 @@ class Decoding:
             ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
             ("beams", self.beams >= 1, "at least 1"),
+            ("lookup", self.lookup >= 0, "0 or more"),
             ("answers", self.answers >= 1, "at least 1"),
             ("stop", all(self.stop), "a text of at least one letter"),
         ):
@@ -55,6 +57,8 @@ class Decoding:
         changed = self.temperature > 0 or self.repetition_penalty != 1
         if self.beams > 1 and changed:
             raise ValueError("beams are greedy: leave out temperature and repetition_penalty")
+        if self.lookup and (changed or self.beams > 1):
+            raise ValueError("lookup is greedy: leave out temperature, repetition_penalty, beams")
         if self.beams > 1 and self.answers > self.beams:
             raise ValueError(f"answers is {self.answers}; {self.beams} beams give at most as many")
         if self.beams == 1 and self.answers > 1 and self.temperature == 0:
@@ -164,6 +168,21 @@ class Chooser:
             self.generators = [self.generators[i] for i in rows]
         if self.seen is not None:
             self.seen = self.seen[rows]
+
+
+def look_up(ids, n_ahead: int, n_same: int = 2) -> list[int]:
+    """A guess at how ids go on: as they did the last time that the last n_same of them stood there.
+
+    Prompt lookup, a draft without a draft model (speculative decoding, arXiv 2211.17192): a copy of
+    the prompt or a list is guessed right, and a wrong guess costs little. At most n_ahead ids, none
+    of a picture; [] if it never stood there.
+    """
+    key = ids[-n_same:]
+    for i in range(len(ids) - n_same - 1, -1, -1):
+        if ids[i : i + n_same] == key:
+            guess = ids[i + n_same : i + n_same + n_ahead]
+            return guess[: next((k for k, token in enumerate(guess) if token < 0), None)]
+    return []
 
 
 def beam_search(logits, advance, ends, n_beams: int, max_new_tokens: int, is_stop=None):

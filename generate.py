@@ -239,6 +239,9 @@ def main():
     except ValueError as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("generate.py: the device's memory is full; try a smaller --batch", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read stdout has closed it, as head does

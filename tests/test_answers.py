@@ -185,12 +185,50 @@ def test_a_stop_text_ends_the_answer_before_it(model):
         dict(answers=2),
         dict(beams=2, answers=3),
         dict(beams=2, temperature=1),
+        dict(lookup=-1),
+        dict(lookup=4, temperature=1),
+        dict(lookup=4, beams=2),
     ],
     ids=str,
 )
 def test_options_that_make_no_sense_are_refused(options):
     with pytest.raises(ValueError):
         Decoding(**options)
+
+
+def test_guessing_ahead_says_the_same_in_fewer_steps(model, monkeypatch):
+    lengths = []
+    hidden = model.language_model.hidden
+    spy = lambda *a, **k: lengths.append(len(a)) or hidden(*a, **k)  # noqa: E731
+    monkeypatch.setattr(model.language_model, "hidden", spy)
+    draw = random.Random(0)
+    for k in (1, 3, 8):
+        picture, memory = random_picture(draw), Memory()
+        turns, steps = [], []
+        for text in (QUESTIONS[1], QUESTIONS[0], QUESTIONS[1]):
+            turns.append(("human", g.question(text, not turns)))
+            ids, _ = data.encode_turns(turns, model.tokenizer, model.template)
+            lengths.clear()
+            *_, (plain,) = decode(model, [ids], [[picture]], 50)
+            steps.append(len(lengths))
+            lengths.clear()
+            *_, (ahead,) = decode(model, [ids], [[picture]], 50, Decoding(lookup=k), memory)
+            steps.append(len(lengths))
+            assert ahead.ids == plain.ids and ahead.ended == plain.ended
+            torch.testing.assert_close(
+                torch.tensor(ahead.logprobs), torch.tensor(plain.logprobs), atol=1e-4, rtol=1e-4
+            )
+            turns.append(("gpt", plain.text))
+        assert steps[5] < 0.7 * steps[4]  # the description was there before
+
+
+@pytest.mark.parametrize("limit", [1, 2, 7])
+def test_guessing_ahead_keeps_the_length_and_the_stop_texts(model, limit):
+    ask = [prompt(QUESTIONS[1], 1)], [STICKERS]
+    assert g.generate(model, *ask, limit, lookup=6) == g.generate(model, *ask, limit)
+    options = dict(stop=("large",), lookup=6)
+    assert g.generate(model, *ask, 60, **options) == g.generate(model, *ask, 60, stop=("large",))
+    assert list(g.stream(model, *ask, limit, lookup=6)) == list(g.stream(model, *ask, limit))
 
 
 # Beams
