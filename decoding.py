@@ -35,7 +35,7 @@ class Decoding:
     seed: int | None = option(None, "row i of a batch draws with seed + i, alone or together")
     beams: int = option(1, "beam search: the likeliest of so many beginnings kept")
     answers: int = option(1, "so many answers to each prompt")
-    lookup: int = option(0, "guess so many tokens from what was said before; greedy, faster")
+    lookup: int = option(0, "guess so many tokens from what was said; greedy, one row")
     stop: tuple[str, ...] = option((), "text that ends an answer and is left out; may be repeated")
 
     def __post_init__(self):
