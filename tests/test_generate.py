@@ -44,7 +44,6 @@ def test_the_bundled_model_gives_its_golden_answer_token_for_token():
     assert result["token_ids"] == GOLDEN["token_ids"]
     assert set(result) == {"answer", "token_ids", "logprobs", "ended", "prompt", "timings"}
     assert len(result["logprobs"]) == len(result["token_ids"]) and result["ended"] == "end"
-    assert result["timings"]["first_token_s"] < 2  # 0.07 on a quiet machine
 
 
 def test_a_batch_gives_the_answers_of_its_rows_alone(model):
@@ -60,6 +59,13 @@ def test_a_batch_gives_the_answers_of_its_rows_alone(model):
     together = g.generate(model, prompts, pictures, 40)
     alone = [g.generate(model, [p], [i], 40)[0] for p, i in zip(prompts, pictures, strict=True)]
     assert together == alone and all(together)
+
+
+def test_the_first_token_takes_less_than_two_seconds(model):
+    prompt = g.data.render([("human", "<image>\nDescribe the picture in detail.")], "v1")
+    started = time.process_time()  # what other programs do does not count
+    next(g.stream(model, [prompt], [image.load(STICKERS)], 30))
+    assert time.process_time() - started < 2
 
 
 def test_a_seed_repeats_a_sample_and_a_low_top_p_is_greedy(model):
