@@ -16,6 +16,7 @@ Read next: llava.py puts the pictures in; train.py takes the batches.
 
 import argparse
 import functools
+import os
 import random
 import re
 import sys
@@ -306,7 +307,7 @@ def progress(items, total: int, doing: str):
         if time.time() - shown > 1 or (done == total and shown > started):
             shown = time.time()
             rate = done / (shown - started)
-            line = f"{doing}: {done:,} of {total:,}, {rate:,.0f}/s, {(total - done) / rate:.0f} s"
+            line = f"{doing}: {done:,} of {total:,}, {rate:,.1f}/s, {(total - done) / rate:.0f} s"
             print(f"\r{line} left ", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
 
@@ -397,7 +398,8 @@ def main():
         )
         template_named(args.template)
         if args.show:
-            return datacheck.show(samples, args.n, sys.stdout.isatty())
+            colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            return datacheck.show(samples, args.n, colour)
         sys.exit(1 if datacheck.check(samples, args.workers, args.row_length) else 0)
     except ValueError as error:
         flags.exit(2, f"data.py: {error}\n")

@@ -2,10 +2,9 @@
 
     python generate.py --image examples/stickers.jpg --prompt "How many animals are there?"
 
-The prompt is read once ("prefill": pictures encoded, everything through the decoder, keys and
-values kept), then one token at a time is chosen and fed back. A row ends at its end-of-sequence.
-Greedy by default; with a temperature, logits are divided by it first, and then the smallest set of
-tokens whose probability reaches top-p is sampled from.
+From Python, `generate` answers a list of prompts with their pictures, and `stream` does it token by
+token; `load`, `answer` and the flags are the command line's. The loop that reads and speaks is in
+answers.py, how a token is chosen in decoding.py; --chat is chat.py, and --prompts bulk.py.
 
 Without --model it uses the small model of this repository. stdout holds the answer and nothing
 else; remarks go to stderr; a mistake in the input is one sentence there and exit code 2.
@@ -13,6 +12,7 @@ else; remarks go to stderr; a mistake in the input is one sentence there and exi
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -22,9 +22,10 @@ import torch
 import data
 import image
 import templates
+from answers import GREEDY, decode
 from configs import DTYPES
-from data import IMAGE_TAG, IMAGE_TOKEN
-from llama import KVCache
+from data import IMAGE_TAG
+from decoding import Decoding
 from llava import LLaVA
 
 TINY = Path(__file__).parent / "tiny" / "weights" / "llava"
@@ -32,129 +33,96 @@ TINY_KNOWS = (
     "tiny model: it knows 1 to 4 stickers of 48 kinds on coloured paper and nothing else, and errs "
     "about them (the README has its scores); --model takes a real one"
 )
-STOP_TOKENS = 8  # a stop text is looked for among this many tokens
 
 
-def choose(logits, temperature: float, top_p: float, generator=None):
-    """Next token of each row: float[B, V] -> int[B]. Temperature 0 takes the most likely one."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
-    if top_p < 1:
-        probs, order = probs.sort(dim=-1, descending=True)
-        # A token stays while the tokens before it have not reached top_p; the first always stays.
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0)
-        place = torch.multinomial(probs, 1, generator=generator)
-        return order.gather(-1, place)[:, 0]
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
-
-
-def encode(model, prompt) -> list[int]:
-    """A rendered prompt, or ids as they are, -> ids with IMAGE_TOKEN for each `<image>`."""
-    if not isinstance(prompt, str):
-        return list(prompt)
-    return data.encode_prompt(prompt, model.tokenizer, model.template)
-
-
-@torch.inference_mode()
-def stream(model, prompts, images, max_new_tokens, temperature=0.0, top_p=1.0, seed=None):
+def stream(model, prompts, images, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, **more):
     """Yield the next token of every row, list[int | None]; None once a row has ended.
 
-    prompts: rendered strings (`data.render`) or lists of token ids
-    images:  for each prompt a list of PIL pictures (or one picture, or None)
-
-    End-of-sequence is not yielded. Raises ValueError when pictures and `<image>` do not match or a
-    prompt leaves no room in the context.
+    See `decode` for prompts and images; `more`: the other fields of decoding.Decoding. What ends a
+    row, an end-of-sequence or the token that completes a stop text, is not yielded.
     """
-    device = model.language_model.embed_tokens.weight.device
-    rows = [torch.tensor(encode(model, prompt)) for prompt in prompts]
-    images = [[] if i is None else [i] if hasattr(i, "size") else list(i) for i in images]
-    for i, (row, pictures) in enumerate(zip(rows, images, strict=True)):
-        n_tags = int((row == IMAGE_TOKEN).sum())
-        if n_tags != len(pictures):
-            raise ValueError(
-                f"prompt {i} has {n_tags} <image> for {len(pictures)} pictures: one for each"
-            )
-    pixels = [image.to_pixels(p, model.config.image) for pictures in images for p in pictures]
-    mask = [torch.ones_like(row) for row in rows]
-    ids, mask = (torch.nn.utils.rnn.pad_sequence(r, batch_first=True) for r in (rows, mask))
-    sizes = [p.size for pictures in images for p in pictures]
-    embeds, _, mask = model.embed(
-        ids.to(device), pixels, None, mask.to(device), sizes, pad_left=True
-    )
-    length, limit = embeds.shape[1], model.config.text.max_positions
-    if length >= limit:
-        raise ValueError(f"the prompt is {length} tokens long, the model's context is {limit}")
-    steps = min(max_new_tokens, limit - length)
-    llama, (stop_ids, stop_text) = model.language_model, data.stops(model.template, model.tokenizer)
-    n_words = model.tokenizer.vocab_size  # some checkpoints pad the vocabulary to a round number
-    stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=device)
-    said: list[list[int]] = [[] for _ in rows]
-    generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    cache = KVCache(llama.config, len(rows), length + steps, embeds.dtype, device)
-    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
-    hidden = llama.hidden(embeds=embeds, mask=mask, cache=cache)
-    for step in range(steps):
-        logits = llama.head(hidden[:, -1])[:, :n_words]  # (B, V)
-        token = choose(logits, temperature, top_p, generator)  # (B)
-        ended = ended | torch.isin(token, stop_ids)
-        if stop_text:  # the template of v0 ends answers with "###", which is no token
-            for i, t in enumerate(token.tolist()):
-                said[i] = [*said[i][-STOP_TOKENS:], t]
-                ended[i] |= stop_text in model.tokenizer.decode(said[i])
-        if ended.all():
-            return
-        done = ended.tolist()
-        yield [None if end else t for t, end in zip(token.tolist(), done, strict=True)]
-        if step + 1 < steps:
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-            hidden = llama.hidden(token[:, None], mask=mask, cache=cache)
+    how = Decoding(temperature, top_p, seed=seed, **more)
+    if how.beams > 1:
+        raise ValueError("beams cannot be streamed: the answer is known at the end; use generate")
+    for step, answers in enumerate(decode(model, prompts, images, max_new_tokens, how)):
+        tokens = [answer.ids[step] if len(answer.ids) > step else None for answer in answers]
+        if any(token is not None for token in tokens):
+            yield tokens
 
 
-def generate(model, prompts, images, max_new_tokens, temperature=0.0, top_p=1.0, seed=None):
-    """Answers as token ids, list of list[int], without end-of-sequence; see `stream`."""
-    answers: list[list[int]] = [[] for _ in prompts]
-    for tokens in stream(model, prompts, images, max_new_tokens, temperature, top_p, seed):
-        for answer, token in zip(answers, tokens, strict=True):
-            if token is not None:
-                answer.append(token)
-    return answers
+def generate(model, prompts, images, max_new_tokens, temperature=0.0, top_p=1.0, seed=None, **more):
+    """Answers as token ids, list of list[int], without what ended them; see `stream`."""
+    how = Decoding(temperature, top_p, seed=seed, **more)
+    *_, answers = decode(model, prompts, images, max_new_tokens, how)
+    return [answer.ids for answer in answers]
 
 
-def answer(model, turns, pictures, args, out=None) -> dict:
-    """Answer the last of `turns`; text goes to `out` as it comes. -> what --json prints."""
-    started = time.perf_counter()
+# ---- the command line -----------------------------------------------------------------------
+
+
+def say(text: str, end: str = "\n"):
+    """A remark, on stderr; dim where that is a terminal with colours (https://no-color.org)."""
+    if sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+        text = f"\033[2m{text}\033[0m"
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def answer(model, turns, pictures, max_new_tokens, how=GREEDY, out=None, memory=None) -> dict:
+    """Answer the last of `turns`; a single one goes to `out` as it comes. -> what --json prints.
+
+    In a conversation (`memory`) Ctrl-C ends the answer, and what was said until then stays.
+    """
+    started, first, shown = time.perf_counter(), None, ""
     ids, _ = data.encode_turns(turns, model.tokenizer, model.template)
-    token_ids, shown, first = [], "", None
-    tokens = stream(
-        model, [ids], [pictures], args.max_new_tokens, args.temperature, args.top_p, args.seed
-    )
-    _, stop_text = data.stops(model.template, model.tokenizer)
-    for (token,) in tokens:
-        first = first or time.perf_counter()
-        token_ids.append(token)
-        text = model.tokenizer.decode(token_ids).lstrip().rstrip(stop_text or "")
-        if out and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits
-            print(text[len(shown) :], end="", flush=True, file=out)
-            shown = text
+    answers = []
+    try:
+        for answers in decode(model, [ids], [pictures], max_new_tokens, how, memory):
+            first = first or time.perf_counter()
+            text = answers[0].settled
+            if out and len(answers) == 1:
+                print(text[len(shown) :], end="", flush=True, file=out)
+                shown = text
+    except KeyboardInterrupt:
+        if memory is None:
+            raise
+        pass
     ended = time.perf_counter()
-    text = model.tokenizer.decode(token_ids).strip().rstrip(stop_text or "")
-    if out:
-        print(file=out)
-    return {
-        "answer": text,
-        "token_ids": token_ids,
+    found = [
+        {"answer": a.settled, "token_ids": a.ids, "logprobs": rounded(a)}
+        | {"ended": a.ended or "interrupted"}
+        for a in answers
+    ] or [{"answer": "", "token_ids": [], "logprobs": [], "ended": "interrupted"}]
+    if out:  # of an interrupted answer the end may still be held back
+        rest = [found[0]["answer"][len(shown) :], *(one["answer"] for one in found[1:])]
+        print("\n\n".join(rest), file=out, flush=True)
+    n_tokens = sum(len(one["token_ids"]) for one in found)
+    result = found[0] | {
         "prompt": data.render(turns, model.template),
         "timings": {
             "first_token_s": round((first or ended) - started, 4),
             "total_s": round(ended - started, 4),
-            "tokens_per_s": round(len(token_ids) / (ended - started), 2),
+            "tokens_per_s": round(n_tokens / (ended - started), 2),
         },
     }
+    return result | ({"answers": found} if len(found) > 1 else {})
+
+
+def rounded(answer) -> list[float]:
+    """The natural logarithms of the probabilities that the model gave to the ids."""
+    return [round(logprob, 5) for logprob in answer.logprobs[: len(answer.ids)]]
+
+
+def proper_text(text: str):
+    """Raises ValueError for what a terminal or JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text has bytes that are no UTF-8; write it anew") from None
 
 
 def question(prompt: str, n_pictures: int) -> str:
     """Put a tag for each picture before the prompt, unless it has tags; then they must match."""
+    proper_text(prompt)
     n_tags = prompt.count(IMAGE_TAG)
     if n_tags == 0:
         return f"{IMAGE_TAG}\n" * n_pictures + prompt
@@ -163,86 +131,124 @@ def question(prompt: str, n_pictures: int) -> str:
     return prompt
 
 
-def chat(model, pictures, args):
-    """Ask again and again until the input ends; the pictures belong to the first question."""
-    turns = []
-    while True:
-        print("you: ", end="", flush=True, file=sys.stderr)
-        line = sys.stdin.readline()
-        if not line:
-            return
-        turns.append(("human", line.strip() if turns else question(line.strip(), len(pictures))))
-        turns.append(("gpt", answer(model, turns, pictures, args, sys.stdout)["answer"]))
+def place(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+    """Where the model runs and in which type: what was asked for, or the best that is there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device and not there[device]:
+        raise ValueError(f"--device is {device}, which is not there; leave it out, or take cpu")
+    device = device or next(name for name, is_there in there.items() if is_there)
+    if dtype:
+        return device, DTYPES[dtype]
+    if device == "cpu":  # half precision is emulated or slow there for most models
+        return device, torch.float32
+    if device == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = torch.backends.mps.is_macos_or_newer(14, 0)
+    return device, torch.bfloat16 if has_bf16 else torch.float16
 
 
 def load(args) -> LLaVA:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The model that the flags of `add_model_flags` name; stderr says what was chosen."""
+    device, dtype = place(args.device, args.dtype)
     path = args.model or TINY
-    if args.model is None:
-        print(TINY_KNOWS, file=sys.stderr)
-    # On a CPU half precision is emulated or slow for most models: float32 unless asked otherwise.
-    dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if device == "cpu" else None
     model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: expected tokenizer.model or tokenizer.json")
     if args.template:
         templates.template_named(args.template)
         model.template = args.template
-    if args.model is not None:
-        print(f"conversation template: {model.template} (--template)", file=sys.stderr)
+    about = f"conversation template: {model.template} (--template)" if args.model else TINY_KNOWS
+    say(f"{about}; on {device} in {next(name for name in DTYPES if DTYPES[name] == dtype)}")
     return model
+
+
+def add_model_flags(flags, several: bool = False):
+    add = flags.add_argument_group("the model").add_argument
+    how = {"action": "append"} if several else {}
+    add("--model", metavar="DIR", help="checkpoint: folder or Hugging Face id; else tiny", **how)
+    add("--model-base", metavar="DIR", help="what a delta, LoRA or lone projector belongs to")
+    add("--vision-tower", metavar="DIR", help="CLIP folder to use instead of the checkpoint's own")
+    add("--template", help=f"conversation template: {', '.join(templates.TEMPLATES)}")
+    add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16, or fp16 without it")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else mps, else cpu")
 
 
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = flags.add_argument
-    add("--image", action="append", default=[], metavar="FILE", help="picture; may be repeated")
+    add = flags.add_argument_group("the question").add_argument
+    add(
+        "--image",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help='a picture; several, a folder or "a*.jpg": the question is asked about each; '
+        "--image repeated: pictures of one question",
+    )
     add("--prompt", default="Describe the picture in detail.", help="the question")
-    add("--model", metavar="DIR", help="checkpoint: a folder, or a Hugging Face id; else tiny")
-    add("--model-base", metavar="DIR", help="what a delta, LoRA or lone projector belongs to")
-    add("--vision-tower", metavar="DIR", help="CLIP folder to use instead of the checkpoint's own")
-    add("--template", help=f"conversation template: {', '.join(templates.TEMPLATES)}")
     add("--chat", action="store_true", help="keep asking; questions come from stdin")
-    add("--json", action="store_true", help="print answer, token ids, prompt and timings as JSON")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
-    add("--seed", type=int, metavar="N", help="of the sampling")
-    add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else as stored")
-    add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is one")
+    add("--json", action="store_true", help="print ids, log-probabilities and timings too")
+    add = flags.add_argument_group("many questions").add_argument
+    add("--prompts", metavar="FILE.jsonl", help='lines {"image": ..., "prompt": ...}')
+    add("--image-folder", default=".", metavar="DIR", help="where the pictures of --prompts lie")
+    add("--out", metavar="FILE.jsonl", help="write the answers there; goes on where it stopped")
+    add("--batch", type=int, default=8, metavar="N", help="questions answered together")
+    add_model_flags(flags)
+    group = flags.add_argument_group("the answer")
+    group.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="default: 512")
+    Decoding.add_flags(group)
     return flags
 
 
-def check(args):
+def ask(args):
+    """What the command line does once its flags are known."""
+    import bulk
+    import chat
+
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
-    if args.temperature < 0:
-        raise ValueError(f"--temperature is {args.temperature}; it must be 0 or more")
-    if not 0 < args.top_p <= 1:
-        raise ValueError(f"--top-p is {args.top_p}; it must be above 0 and at most 1")
+    how = Decoding.from_flags(args)
+    if args.prompts or args.out or bulk.names_several(args.image):
+        return bulk.run(args, how)
+    pictures = [image.load(path, warn=say) for (path,) in args.image]
+    model = load(args)
+    if args.chat:
+        return chat.run(model, [path for (path,) in args.image], pictures, args, how)
+    turns = [("human", question(args.prompt, len(pictures)))]
+    out = None if args.json else sys.stdout
+    result = answer(model, turns, pictures, args.max_new_tokens, how, out)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    if result["ended"] in ("length", "context"):
+        limit = "--max-new-tokens" if result["ended"] == "length" else "the model's context"
+        say(f"the answer was cut: {limit} allows no more")
 
 
 def main():
-    args = parser().parse_args()
     try:
-        check(args)
-        warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
-        pictures = [image.load(path, warn=warn) for path in args.image]
-        model = load(args)
-        if args.chat:
-            return chat(model, pictures, args)
-        turns = [("human", question(args.prompt, len(pictures)))]
-        result = answer(model, turns, pictures, args, None if args.json else sys.stdout)
-        if args.json:
-            print(json.dumps(result, ensure_ascii=False))
+        code = ask(parser().parse_args())
+        sys.stdout.flush()
+        sys.exit(code)
     except ValueError as error:
         print(f"generate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("generate.py: the device's memory is full; try a smaller --batch", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read stdout has closed it, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":
+    sys.modules["generate"] = sys.modules["__main__"]  # chat.py and bulk.py need it: load it once
     main()

@@ -141,6 +141,22 @@ class KVCache:
         self.values[layer, :, :, self.length : end] = values
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def select(self, rows: list[int], max_length: int | None = None):
+        """Keep, reorder or repeat rows of the batch; make room for max_length tokens in all.
+
+        Rows that only leave cost no memory: the others move up in the buffers that are there.
+        """
+        in_place = rows == sorted(set(rows)) and max_length is None
+        for name in ("keys", "values"):
+            old = getattr(self, name)  # (layer, B, K, S, Dh)
+            n_layers, _, n_kv_heads, length, head_dim = old.shape
+            shape = (n_layers, len(rows), n_kv_heads, max_length or length, head_dim)
+            new = old[:, : len(rows)] if in_place else old.new_empty(shape)
+            for place, row in enumerate(rows):
+                if not in_place or place != row:
+                    new[:, place, :, : self.length] = old[:, row, :, : self.length]
+            setattr(self, name, new)
+
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; K key-value heads serve H query heads."""

@@ -27,6 +27,7 @@ class Template:
     gpt: str  # between a question and its answer
     stop: str = "</s>"  # after an answer, and the end of generation
     space: str = " "  # before an answer; not in a prompt, whose last token it would change
+    system: str = ""  # the part of `first` that a "system" turn replaces
 
     @property
     def stop_token(self) -> str:
@@ -79,16 +80,19 @@ LLAMA3_ROLE = "<|start_header_id|>{}<|end_header_id|>\n\n"
 
 
 def vicuna(who: str) -> Template:
-    return Template(CHAT.format(who=who) + " USER: ", "USER: ", " ASSISTANT:")
+    system = CHAT.format(who=who)
+    return Template(system + " USER: ", "USER: ", " ASSISTANT:", system=system)
 
 
 def vicuna_v0(example: str) -> Template:
-    first = f"{CHAT.format(who='human')}###{example}Human: "
-    return Template(first, "Human: ", "###Assistant:", "###")
+    system = CHAT.format(who="human")
+    first = f"{system}###{example}Human: "
+    return Template(first, "Human: ", "###Assistant:", "###", system=system)
 
 
 def llama_2(system: str) -> Template:
-    return Template(f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n", "<s>[INST] ", " [/INST]", " </s>")
+    first = f"[INST] <<SYS>>\n{system}\n<</SYS>>\n\n"
+    return Template(first, "<s>[INST] ", " [/INST]", " </s>", system=system)
 
 
 TEMPLATES = {
@@ -105,6 +109,7 @@ TEMPLATES = {
         "<|im_end|><|im_start|>assistant\n",
         "<|im_end|>",
         "",
+        "Answer the questions.",
     ),
     "llava_llama_3": Template(
         f"<|begin_of_text|>{LLAMA3_ROLE.format('system')}{SEES}<|eot_id|>{LLAMA3_ROLE.format('user')}",
@@ -112,6 +117,7 @@ TEMPLATES = {
         f"<|eot_id|>{LLAMA3_ROLE.format('assistant')}",
         "<|eot_id|>",
         "",
+        SEES,
     ),
     "plain": None,  # stage 1: picture, caption, newline; the question is thrown away
 }
@@ -124,14 +130,24 @@ def template_named(name: str) -> Template | None:
 
 
 def pieces(turns, template: str) -> list[tuple[str, bool, bool]]:
-    """Turns [(role, text)] as strings in order: (text, is it an answer?, is it the template's?)."""
+    """Turns [(role, text)] as strings in order: (text, is it an answer?, is it the template's?).
+
+    A turn of role "system" before all others stands for the template's own system text.
+    """
     style = template_named(template)
-    found = []
+    found, system = [], None
+    if turns and turns[0][0] == "system":
+        (_, system), *turns = turns
+        if not (style and style.system):
+            raise ValueError(f"template {template!r} has no place for a system text")
     for i, (role, text) in enumerate(turns):
         if style is None:
             found.append((text + "\n", True, False) if role == "gpt" else (IMAGE_TAG, False, True))
         elif role == "human":
             start = style.human if i else style.first
+            if system is not None and i == 0:  # whose words are no template's
+                before, start = style.first.split(style.system)
+                found += [(before, False, True), (system, False, False)]
             found += [(start, False, True), (text, False, False), (style.gpt, False, True)]
         else:
             found += [(style.space, True, True), (text, True, False), (style.stop, True, True)]
@@ -159,7 +175,7 @@ def training_pieces(turns, template: str) -> list[tuple[str, bool, bool]]:
 
 
 def render(turns, template: str) -> str:
-    """Write turns [(role, text)], role "human" | "gpt", as one prompt string.
+    """Write turns [(role, text)], role "human" | "gpt" (first "system"), as one prompt string.
 
     After a human turn the string ends where the answer starts. `</s>` stands for end-of-sequence.
     """

@@ -42,7 +42,8 @@ def test_the_bundled_model_gives_its_golden_answer_token_for_token():
     done = ask("--image", STICKERS, "--prompt", GOLDEN["question"], "--json")
     result = json.loads(done.stdout)
     assert result["token_ids"] == GOLDEN["token_ids"]
-    assert set(result) == {"answer", "token_ids", "prompt", "timings"}
+    assert set(result) == {"answer", "token_ids", "logprobs", "ended", "prompt", "timings"}
+    assert len(result["logprobs"]) == len(result["token_ids"]) and result["ended"] == "end"
 
 
 def test_a_batch_gives_the_answers_of_its_rows_alone(model):
@@ -60,6 +61,13 @@ def test_a_batch_gives_the_answers_of_its_rows_alone(model):
     assert together == alone and all(together)
 
 
+def test_the_first_token_takes_less_than_two_seconds(model):
+    prompt = g.data.render([("human", "<image>\nDescribe the picture in detail.")], "v1")
+    started = time.process_time()  # what other programs do does not count
+    next(g.stream(model, [prompt], [image.load(STICKERS)], 30))
+    assert time.process_time() - started < 2
+
+
 def test_a_seed_repeats_a_sample_and_a_low_top_p_is_greedy(model):
     prompt = [g.data.render([("human", "<image>\nWhat do you see in this picture?")], "v1")]
     picture = [image.load(STICKERS)]
@@ -67,13 +75,6 @@ def test_a_seed_repeats_a_sample_and_a_low_top_p_is_greedy(model):
     assert g.generate(model, prompt, picture, 30, temperature=1.0, top_p=1e-6) == greedy
     wild = [g.generate(model, prompt, picture, 30, temperature=3.0, seed=s) for s in (1, 1, 2)]
     assert wild[0] == wild[1] != wild[2]
-
-
-def test_temperature_comes_before_top_p():
-    logits = torch.tensor([[2.0, 1.0, 0.0]])  # probabilities 0.67 0.24 0.09; hot: near a third each
-    cold = {g.choose(logits, 1.0, 0.6).item() for _ in range(50)}
-    hot = {g.choose(logits, 100.0, 0.6).item() for _ in range(50)}
-    assert cold == {0} and hot == {0, 1}
 
 
 def test_pictures_are_encoded_once_per_prompt(model, monkeypatch):
@@ -113,16 +114,26 @@ def bad_files(tmp_path):
         (["--model", "{bad}/nowhere"], "nowhere"),
         (["--prompt", "<image> and <image>", "--image", str(STICKERS)], "2 <image> for 1"),
         (["--prompt", "word " * 3000], "context"),
+        (["--prompt", "\udcff"], "UTF-8"),
         (["--template", "v9"], "v9"),
         (["--temperature", "-1"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
     ],
 )
-def test_a_mistake_is_one_sentence_and_exit_code_2(bad_files, args, complaint):
-    done = ask(*[a.replace("{bad}", str(bad_files)) for a in args])
-    assert done.returncode == 2 and done.stdout == "" and "Traceback" not in done.stderr
-    assert complaint in done.stderr.splitlines()[-1]
+def test_a_mistake_is_one_sentence_and_exit_code_2(bad_files, args, complaint, monkeypatch, capsys):
+    args = [a.replace("{bad}", str(bad_files)) for a in args]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *args])
+    with pytest.raises(SystemExit) as stopped:
+        g.main()
+    said = capsys.readouterr()
+    assert stopped.value.code == 2 and said.out == ""
+    assert complaint in said.err.splitlines()[-1]
+
+
+def test_the_exit_code_reaches_the_shell():
+    done = ask("--image", "gone.png")
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
 
 
 def test_an_animated_picture_gives_its_first_frame_and_says_so(tmp_path):
@@ -131,3 +142,33 @@ def test_an_animated_picture_gives_its_first_frame_and_says_so(tmp_path):
     frame.save(tmp_path / "moving.webp", save_all=True, append_images=[blank], lossless=True)
     done = ask("--image", tmp_path / "moving.webp", "--prompt", GOLDEN["question"])
     assert done.stdout == GOLDEN["answer"] + "\n" and "first" in done.stderr
+
+
+def test_the_device_and_its_best_type_are_chosen(monkeypatch):
+    cuda, mps = torch.cuda, torch.backends.mps
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    monkeypatch.setattr(mps, "is_available", lambda: False)
+    assert g.place(None, None) == ("cpu", torch.float32)
+    assert g.place(None, "bf16") == ("cpu", torch.bfloat16)
+    with pytest.raises(ValueError, match="--device is mps"):
+        g.place("mps", None)
+    monkeypatch.setattr(mps, "is_available", lambda: True)
+    monkeypatch.setattr(mps, "is_macos_or_newer", lambda major, minor: major < 14)
+    assert g.place(None, None) == ("mps", torch.float16)
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    for has_bf16, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(cuda, "is_bf16_supported", lambda has=has_bf16, **k: has)
+        assert g.place(None, None) == ("cuda", dtype)
+    assert g.place("cpu", None) == ("cpu", torch.float32)
+
+
+def test_from_python_it_streams_and_answers_a_batch(model, capsys):
+    picture = image.load(STICKERS)
+    ask = lambda text: g.data.render([("human", text)], model.template)  # noqa: E731
+    prompts = [ask("<image>\nWhat is at the top left?"), ask("<image>\nIs there a lemon?")]
+    batch = g.generate(model, prompts, [picture, [picture]], max_new_tokens=20)
+    said = [[], []]
+    for tokens in g.stream(model, prompts, [picture, [picture]], max_new_tokens=20):
+        for row, token in zip(said, tokens, strict=True):
+            row += [] if token is None else [token]
+    assert said == batch and "panda" in model.tokenizer.decode(batch[0])

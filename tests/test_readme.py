@@ -29,8 +29,8 @@ def test_the_first_command_prints_the_printed_answer():
     assert done.returncode == 0 and done.stdout == printed
 
 
-def test_the_python_example_runs():
-    code = next(text for kind, text in BLOCKS if kind == "python")
+@pytest.mark.parametrize("code", [text for kind, text in BLOCKS if kind == "python"])
+def test_each_python_example_runs(code):
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip()
 
