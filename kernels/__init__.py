@@ -1,0 +1,70 @@
+"""Who computes attention: our Triton kernel on the GPUs it was compiled for, else torch's SDPA.
+
+vit.py and llama.py call `attend`; the kernel is in kernels/attention.py, which is imported when it is
+first needed: everything else works without triton.
+"""
+
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+
+backend = "auto"  # "kernel" or "sdpa" forces either, wherever attention is computed
+COMPILED_FOR = {(8, 0), (9, 0)}  # compute capabilities, see tests/test_compile_kernels.py
+
+
+def fused(device, head_dim: int) -> bool:
+    """Is the kernel the one to run, for heads of this width on this device?"""
+    if backend not in ("auto", "kernel", "sdpa"):
+        raise ValueError(f"kernels.backend is {backend!r}, none of auto, kernel, sdpa")
+    return backend == "kernel" or (
+        backend == "auto"
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) in COMPILED_FOR
+        and head_dim % 16 == 0
+        and 32 <= head_dim <= 256
+        and importlib.util.find_spec("triton") is not None
+    )
+
+
+def attend(q, k, v, visible=None, causal: bool = False):
+    """Attention of q [B, H, T, Dh] over k, v [B, K, S, Dh]: float[B, H, T, Dh].
+
+    visible: None (every key, or with `causal` those not after the query), `documents` for the
+             kernel, or bool[B, 1, T, S] for SDPA.
+    """
+    if torch.is_autocast_enabled(q.device.type):  # as SDPA does
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    if fused(q.device, q.shape[-1]):
+        from kernels.attention import attention as kernel
+
+        return kernel(q, k, v, causal, visible)
+    is_causal, grouped = causal and visible is None, q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=grouped
+    )
+
+
+def documents(mask):
+    """Who sees whom without a dense mask: int[B, S] -> int32[B, 2, S], and positions int[B, S].
+
+    `mask` is that of `llama.visible_keys`: 0 for padding, else the number of the document. A query
+    sees the keys that are not after it and are of the same document. Every document is named after
+    the place of its first token, so a name also tells where its keys begin; beside it stands the
+    place of its last token. Padding has no name: it sees nobody.
+
+        mask      0  0  1  1  1  2  2        one row; its second document is two tokens long
+        name     -1 -1  2  2  2  5  5
+        last     -1 -1  4  4  4  6  6
+        position  0  1  0  1  2  0  1        how many of its document came before
+    """
+    order = mask.argsort(dim=1, stable=True)  # (B, S), places, document after document
+    in_order, places = mask.gather(1, order), torch.arange(mask.shape[1], device=mask.device)
+    is_first = F.pad(in_order[:, 1:] != in_order[:, :-1], (1, 0), value=True)
+    is_last = is_first.roll(-1, dims=1)
+    begin = (places * is_first).cummax(1).values  # of the document, in this order
+    end = places.where(is_last, mask.shape[1] - 1).flip(1).cummin(1).values.flip(1)
+    both = torch.stack([order.gather(1, begin), order.gather(1, end)], 1)  # (B, 2, S)
+    both = both.masked_fill(in_order[:, None] == 0, -1).to(torch.int32)
+    both = torch.empty_like(both).scatter_(2, order[:, None].expand_as(both), both)
+    return both, torch.empty_like(order).scatter_(1, order, places - begin)
