@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import checkpoint
+import kernels
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,6 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
         q_dim, kv_dim = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
-        self.grouped = config.n_heads != config.n_kv_heads
         self.q_proj = nn.Linear(config.dim, q_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, kv_dim, bias=False)
         self.v_proj = nn.Linear(config.dim, kv_dim, bias=False)
@@ -163,9 +163,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, Dh)
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=visible, is_causal=visible is None, enable_gqa=self.grouped
-        )
+        x = kernels.attend(q, k, v, visible, causal=True)  # our kernel on a GPU, else SDPA
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
@@ -250,9 +248,10 @@ class LLaMA(nn.Module):
         x = self.embed_tokens(token_ids) if embeds is None else embeds
         B, T, _ = x.shape
         n_past = cache.length if cache is not None else 0
-        if mask is None and n_past == 0:
+        fused = kernels.fused(x, self.config.head_dim)
+        if mask is None and (n_past == 0 or fused):
             visible = None  # plain causal attention, for which fast kernels exist
-            positions = torch.arange(T, device=x.device)[None]  # (1, T)
+            positions = torch.arange(n_past, n_past + T, device=x.device)[None]  # (1, T)
         else:
             if mask is None:
                 mask = torch.ones(B, n_past + T, dtype=torch.long, device=x.device)
@@ -261,9 +260,13 @@ class LLaMA(nn.Module):
                     f"expected mask int[{B}, {n_past + T}] ({n_past} cached + {T} new tokens), "
                     f"got {list(mask.shape)}"
                 )
-            visible = visible_keys(mask, T)  # (B, T, S)
-            positions = visible.sum(-1) - 1  # (B, T)
-            visible = visible[:, None]  # (B, 1, T, S)
+            if fused:  # the same rule in O(S) memory
+                visible, positions = kernels.documents(mask)  # (B, 2, S), (B, S)
+                positions = positions[:, n_past:]  # (B, T)
+            else:
+                visible = visible_keys(mask, T)  # (B, T, S)
+                positions = visible.sum(-1) - 1  # (B, T)
+                visible = visible[:, None]  # (B, 1, T, S)
         rope = rope_tables(positions, self.config, x.dtype)
         for block in self.layers:
             if self.recompute == "none" or not self.training:

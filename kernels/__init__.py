@@ -1,7 +1,7 @@
 """Who computes attention: our Triton kernel on the GPUs it was compiled for, else torch's SDPA.
 
-vit.py and llama.py call `attend`; the kernel is in kernels/attention.py, which is imported when it is
-first needed: everything else works without triton.
+vit.py and llama.py call `attend`; the kernel is in kernels/attention.py, imported when it is first
+needed: everything else works without triton.
 """
 
 import importlib.util
@@ -13,33 +13,43 @@ backend = "auto"  # "kernel" or "sdpa" forces either, wherever attention is comp
 COMPILED_FOR = {(8, 0), (9, 0)}  # compute capabilities, see tests/test_compile_kernels.py
 
 
-def fused(device, head_dim: int) -> bool:
-    """Is the kernel the one to run, for heads of this width on this device?"""
+def fused(x, head_dim: int) -> bool:
+    """Is the kernel to compute the attention of activations x, with heads of this width?
+
+    By itself only in bfloat16 and float16: in float32 it is exact and slow.
+    """
     if backend not in ("auto", "kernel", "sdpa"):
         raise ValueError(f"kernels.backend is {backend!r}, none of auto, kernel, sdpa")
     return backend == "kernel" or (
         backend == "auto"
-        and device.type == "cuda"
-        and torch.cuda.get_device_capability(device) in COMPILED_FOR
+        and x.is_cuda
+        and torch.cuda.get_device_capability(x.device) in COMPILED_FOR
+        and compute_dtype(x) in (torch.bfloat16, torch.float16)
         and head_dim % 16 == 0
         and 32 <= head_dim <= 256
         and importlib.util.find_spec("triton") is not None
     )
 
 
+def compute_dtype(x):
+    """The type x is computed in: its own, or autocast's where that is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 def attend(q, k, v, visible=None, causal: bool = False):
     """Attention of q [B, H, T, Dh] over k, v [B, K, S, Dh]: float[B, H, T, Dh].
 
-    visible: None (every key, or with `causal` those not after the query), `documents` for the
-             kernel, or bool[B, 1, T, S] for SDPA.
+    visible: None (every key, or with `causal` those not after the query), int32[B, 2, S] of
+             `documents` for the kernel, bool[B, 1, T, S] for SDPA
     """
-    if torch.is_autocast_enabled(q.device.type):  # as SDPA does
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    if fused(q.device, q.shape[-1]):
+    if fused(q, q.shape[-1]) if visible is None else visible.dtype == torch.int32:
         from kernels.attention import attention as kernel
 
+        q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))  # as SDPA does by itself
         return kernel(q, k, v, causal, visible)
     is_causal, grouped = causal and visible is None, q.shape[1] != k.shape[1]
+    assert not is_causal or q.shape[2] == k.shape[2], "SDPA counts from the first key"
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=grouped
     )

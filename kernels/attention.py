@@ -9,21 +9,21 @@ sections 3.1 and 3.2: the loops as they are here); decoding split over the keys 
     out = P v                float[T, Dh]
 
 For 4,096 tokens S has 16.8 million entries a head, and writing and reading it takes longer than
-the arithmetic. But softmax can be summed up piece by piece. Three numbers per query are enough:
-m, the largest score so far; l, the sum of exp(score - m); acc, the sum of exp(score - m) * v. When
-a tile of keys brings a larger score, what was summed before shrinks by exp(m_old - m_new):
+the arithmetic. But softmax can be summed up piece by piece. Of each query three things are kept:
+m, the largest score so far; total, the sum of exp(score - m); acc, the sum of exp(score - m) * v.
+When a tile of keys brings a larger score, what was summed before shrinks by exp(m_old - m_new):
 
     q = 1, keys 0 1 | 2 3 in two tiles, v = 10 20 | 30 40, and 2^x for e^x, so that it can be read
-    tile 1   scores 0 1   m = 1   p = 1/2 1   l = 3/2                  acc = 5 + 20 = 25
-    tile 2   scores 2 3   m = 3   p = 1/2 1   l = 3/2 * 1/4 + 3/2      acc = 25 * 1/4 + 15 + 40
-    out = acc / l = 61.25 / 1.875 = 32.67
+    tile 1   scores 0 1   m = 1   p = 1/2 1   total = 3/2                  acc = 5 + 20 = 25
+    tile 2   scores 2 3   m = 3   p = 1/2 1   total = 3/2 * 1/4 + 3/2      acc = 25 * 1/4 + 15 + 40
+    out = acc / total = 61.25 / 1.875 = 32.67
 
 (`tests/test_attention.py` does these steps.) The kernels too work with 2^x, because the GPU does:
-scores are multiplied by log2(e) beforehand. Backward needs of the forward pass only m + log2(l) per
-query, called lse below; it computes the tiles of P again.
+scores are multiplied by log2(e) beforehand. Of the forward pass, backward needs one more number per
+query, lse = m + log2(total); it computes the tiles of P again.
 
-Who sees whom is the rule of llama.py without its dense mask: see `kernels.documents`. Keys end where
-queries end: with S keys, query t of T stands at position t + S - T.
+Who sees whom is the rule of llama.py without its dense mask: see `kernels.documents`. Keys end
+where queries end: with S keys, query t of T stands at position t + S - T.
 
 Measured: not yet, no GPU was at hand. Triton 3.7.1 compiles every kernel for sm_80 and sm_90
 (tests/test_compile_kernels.py), its interpreter gives the right numbers. Known limits: float32 is
@@ -70,9 +70,7 @@ def head_of(base, strides, b, h):
 
 
 @triton.jit
-def tile_of(
-    head, strides, row, n_rows, ROWS: tl.constexpr, COLS: tl.constexpr, HEAD: tl.constexpr
-):
+def tile_of(head, strides, row, n_rows, ROWS: tl.constexpr, COLS: tl.constexpr, HEAD: tl.constexpr):
     """Pointers to rows [row, row + ROWS) of a head, and which of them exist."""
     rows, cols = tl.arange(0, ROWS), tl.arange(0, COLS)
     inside = rows[:, None] * strides[2] + cols[None, :] * strides[3]  # the same for every tile
@@ -103,11 +101,11 @@ def names_of(names, p, S):
 
 @triton.jit
 def read_keys(
-    acc, l, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, end, S, scale,
+    acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, end, S, scale,
     HEAD: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The worked example: tiles of keys in [begin, end) go into acc, l and m of a tile of queries.
+    """The worked example: tiles of keys in [begin, end) go into acc, total and m of some queries.
 
     MASKED=False: every query of the tile sees every key, so nothing is compared.
     """
@@ -138,10 +136,10 @@ def read_keys(
         top = tl.where(m_new == float("-inf"), 0.0, m_new)
         P = tl.exp2(scores * scale - top[:, None])
         shrink = tl.exp2(m - top)
-        l = l * shrink + tl.sum(P, 1)
+        total = total * shrink + tl.sum(P, 1)
         acc = tl.dot(P.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         m = m_new
-    return acc, l, m
+    return acc, total, m
 
 
 @triton.jit
@@ -185,24 +183,26 @@ def forward_kernel(
     name_p = names_of(names, p, S) if DOCUMENTS else p
     begin, whole, end = key_range(row, p, name_p, T, S, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if not DOCUMENTS:
-        acc, l, m = read_keys(
-            acc, l, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole,
+        acc, total, m = read_keys(
+            acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole,
             S, scale, HEAD, CAUSAL, DOCUMENTS, False, PRECISION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    acc, l, m = read_keys(
-        acc, l, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
+    acc, total, m = read_keys(
+        acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
         S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    l = tl.where(l == 0.0, 1.0, l)  # of a query that sees nothing: out = 0 / 1, lse = -inf
-    acc = acc / l[:, None]
+    total = tl.where(
+        total == 0.0, 1.0, total
+    )  # of a query that sees nothing: out = 0 / 1, lse = -inf
+    acc = acc / total[:, None]
     out, exist = tile_of(
         head_of(OUT, out_strides, b, h), out_strides, row, T, BLOCK_M, BLOCK_D, HEAD
     )
     tl.store(out, acc.to(OUT.dtype.element_ty), mask=exist)
-    tl.store(LSE + (b * H + h).to(tl.int64) * T + t, m + tl.log2(l), mask=t < T)
+    tl.store(LSE + (b * H + h).to(tl.int64) * T + t, m + tl.log2(total), mask=t < T)
 
 
 # Decoding: few queries, many keys. One program per head would leave most of the GPU without work,
@@ -233,23 +233,25 @@ def split_kernel(
         whole = min(end, S - T + 1 if CAUSAL else S)
         whole = begin + max(whole - begin, 0) // BLOCK_N * BLOCK_N
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     if not DOCUMENTS:
-        acc, l, m = read_keys(
-            acc, l, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole,
+        acc, total, m = read_keys(
+            acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole,
             S, scale, HEAD, CAUSAL, DOCUMENTS, False, PRECISION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-    acc, l, m = read_keys(
-        acc, l, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
+    acc, total, m = read_keys(
+        acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
         S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    l = tl.where(l == 0.0, 1.0, l)  # of a query that sees nothing: out = 0 / 1, lse = -inf
-    acc = acc / l[:, None]
+    total = tl.where(
+        total == 0.0, 1.0, total
+    )  # of a query that sees nothing: out = 0 / 1, lse = -inf
+    acc = acc / total[:, None]
     n_heads = tl.num_programs(0) // n_parts  # B * K
     row = (i * n_heads + head).to(tl.int64) * (G * T) + rows
     tl.store(PARTS + row[:, None] * HEAD + cols[None, :], acc, mask=exist)
-    tl.store(LSE + row, m + tl.log2(l), mask=rows < G * T)
+    tl.store(LSE + row, m + tl.log2(total), mask=rows < G * T)
 
 
 @triton.jit(do_not_specialize=["H", "T", "n_parts"])
@@ -257,7 +259,7 @@ def merge_kernel(
     PARTS, PART_LSE, OUT, LSE, out_strides, H, T, n_parts,
     HEAD: tl.constexpr, BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out = sum of 2^(lse_i - lse) out_i, with 2^lse the sum of all 2^lse_i: one query a program."""
+    """out = sum of 2^(lse_i - lse) out_i, with 2^lse = sum of 2^lse_i: one query a program."""
     row, n_rows = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     i, cols = tl.arange(0, BLOCK_PARTS), tl.arange(0, BLOCK_D)
     part_lse = tl.load(PART_LSE + i * n_rows + row, mask=i < n_parts, other=float("-inf"))
@@ -361,9 +363,7 @@ def backward_queries_kernel(
         dq, q, dout, lse, delta, p, name_p, k_head, k_strides, v_head, v_strides, names,
         whole, end, S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    out, exist = tile_of(
-        head_of(dQ, dq_strides, b, h), dq_strides, row, T, BLOCK_M, BLOCK_D, HEAD
-    )
+    out, exist = tile_of(head_of(dQ, dq_strides, b, h), dq_strides, row, T, BLOCK_M, BLOCK_D, HEAD)
     tl.store(out, (dq * natural_scale).to(dQ.dtype.element_ty), mask=exist)
 
 
@@ -371,12 +371,14 @@ def backward_queries_kernel(
 def add_dk_dv(
     dk, dv, k, v, s, name_s, q_head, q_strides, dout_head, dout_strides, LSE, DELTA, names,
     begin, end, T, S, scale,
-    HEAD: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Tiles of queries in [begin, end) go into dK (without its factor) and dV of a tile of keys.
 
     Everything is transposed, float[keys, queries]: so P and dS stay in registers for the products.
+    When causal every tile is compared, the whole ones too: a second loop costs more registers than
+    there are.
     """
     for row in tl.range(begin, end, BLOCK_M):
         pointers, exist = tile_of(q_head, q_strides, row, T, BLOCK_M, BLOCK_D, HEAD)
@@ -388,7 +390,7 @@ def add_dk_dv(
         delta = tl.load(DELTA + t, mask=t < T, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         P = tl.exp2(scores * scale - lse[None, :])
-        if MASKED:
+        if CAUSAL:
             p = t + S - T
             name_p = names_of(names, p, S) if DOCUMENTS else p
             visible = sees(p, name_p, s, name_s, S, CAUSAL, DOCUMENTS)
@@ -417,33 +419,24 @@ def backward_keys_kernel(
     s = n + tl.arange(0, BLOCK_N)
     names = DOCS + b.to(tl.int64) * 2 * S if DOCUMENTS else DOCS
     name_s = s
-    begin, whole, end = 0, 0, T  # queries that need these keys, and where comparing ends
+    begin, end = 0, T  # queries that need these keys
     if CAUSAL:
-        begin = min(max(n + T - S, 0) // BLOCK_M * BLOCK_M, T)
-        whole = min(tl.cdiv(max(n + BLOCK_N - 1 + T - S, 0), BLOCK_M) * BLOCK_M, T)
+        begin = max(n + T - S, 0) // BLOCK_M * BLOCK_M
     if DOCUMENTS:
         name_s = tl.load(names + s, mask=s < S, other=-1)
         last = tl.max(tl.load(names + S + s, mask=s < S, other=-1))
         end = min(last + 1 + T - S, T)
-        whole = end
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for g in range(G):  # the query heads that share this key-value head
         h = kv * G + g
         q_head, dout_head = head_of(Q, q_strides, b, h), head_of(dOUT, dout_strides, b, h)
         per_query = (b * H + h).to(tl.int64) * T
-        if CAUSAL:
-            dk, dv = add_dk_dv(
-                dk, dv, k, v, s, name_s, q_head, q_strides, dout_head, dout_strides,
-                LSE + per_query, DELTA + per_query, names, begin, whole, T, S, scale,
-                HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
-        if not DOCUMENTS:
-            dk, dv = add_dk_dv(
-                dk, dv, k, v, s, name_s, q_head, q_strides, dout_head, dout_strides,
-                LSE + per_query, DELTA + per_query, names, whole, end, T, S, scale,
-                HEAD, CAUSAL, DOCUMENTS, False, PRECISION, BLOCK_M, BLOCK_D,
-            )  # fmt: skip
+        dk, dv = add_dk_dv(
+            dk, dv, k, v, s, name_s, q_head, q_strides, dout_head, dout_strides, LSE + per_query,
+            DELTA + per_query, names, begin, end, T, S, scale,
+            HEAD, CAUSAL, DOCUMENTS, PRECISION, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
     out, exist = tile_of(head_of(dK, dk_strides, b, kv), dk_strides, n, S, BLOCK_N, BLOCK_D, HEAD)
     tl.store(out, (dk * natural_scale).to(dK.dtype.element_ty), mask=exist)
     out, exist = tile_of(head_of(dV, dv_strides, b, kv), dv_strides, n, S, BLOCK_N, BLOCK_D, HEAD)
@@ -453,35 +446,58 @@ def backward_keys_kernel(
 # The launches. Sizes of tiles are a trade: larger ones read less memory a product, until a program
 # needs more registers than there are (255 a thread) or more shared memory (227 KB a program).
 
-TILES = {  # kernel, width of a head -> BLOCK_M, BLOCK_N, warps, stages of loads in flight
-    ("forward", 64): (128, 128, 8, 3),
-    ("forward", 128): (128, 128, 8, 2),
-    ("forward", 256): (128, 64, 8, 2),
-    ("split", 64): (16, 128, 4, 3),
-    ("split", 128): (16, 64, 4, 3),
-    ("split", 256): (16, 32, 4, 3),
-    ("backward_queries", 64): (128, 64, 8, 3),
-    ("backward_queries", 128): (128, 64, 8, 2),
-    ("backward_queries", 256): (64, 32, 8, 2),
-    ("backward_keys", 64): (64, 128, 8, 3),
-    ("backward_keys", 128): (64, 128, 8, 2),
-    ("backward_keys", 256): (32, 64, 8, 2),
+TILES = {  # kernel, width of a head -> BLOCK_M queries, BLOCK_N keys, warps, loads in flight
+    (9, "forward", 64): (128, 128, 8, 3),  # Hopper
+    (9, "forward", 128): (128, 128, 8, 2),
+    (9, "forward", 256): (128, 64, 8, 2),
+    (9, "forward, documents", 64): (128, 64, 8, 3),
+    (9, "forward, documents", 128): (128, 64, 8, 3),
+    (9, "forward, documents", 256): (128, 32, 8, 2),
+    (9, "split", 64): (16, 128, 4, 3),  # BLOCK_M grows to 64 with the queries of a key-value head
+    (9, "split", 128): (16, 64, 4, 3),
+    (9, "split", 256): (16, 32, 4, 3),
+    (9, "backward_queries", 64): (128, 64, 8, 3),
+    (9, "backward_queries", 128): (128, 64, 8, 2),
+    (9, "backward_queries", 256): (64, 32, 8, 2),
+    (9, "backward_keys", 64): (64, 128, 8, 2),
+    (9, "backward_keys", 128): (32, 128, 8, 2),
+    (9, "backward_keys", 256): (16, 64, 8, 2),
+    (8, "forward", 64): (128, 64, 8, 3),  # Ampere, whose products need more registers
+    (8, "forward", 128): (64, 32, 4, 3),
+    (8, "forward", 256): (64, 32, 8, 2),
+    (8, "forward, documents", 64): (128, 32, 8, 3),
+    (8, "forward, documents", 128): (64, 32, 8, 3),
+    (8, "forward, documents", 256): (64, 32, 8, 2),
+    (8, "split", 64): (16, 128, 4, 3),
+    (8, "split", 128): (16, 64, 4, 3),
+    (8, "split", 256): (16, 32, 4, 3),
+    (8, "backward_queries", 64): (64, 64, 8, 3),
+    (8, "backward_queries", 128): (64, 64, 8, 2),
+    (8, "backward_queries", 256): (64, 32, 8, 2),
+    (8, "backward_keys", 64): (32, 128, 8, 3),
+    (8, "backward_keys", 128): (32, 64, 8, 2),
+    (8, "backward_keys", 256): (16, 64, 8, 1),
 }
+
+
+def generation(q):
+    """8 for Ampere, 9 for Hopper: the first number of a GPU's compute capability."""
+    return min(max(torch.cuda.get_device_capability(q.device)[0], 8), 9)
 
 
 def tiles(kernel, q):
     """How a kernel is cut for heads like those of q: its constants and launch options."""
     head = q.shape[-1]
-    block_d = max(triton.next_power_of_2(head), 64 if not INTERPRET else 16)
+    block_d = max(triton.next_power_of_2(head), 64)
     if INTERPRET:
         m, n, warps, stages = 16, 32, 1, 1  # small, so that short sequences have many tiles
+    elif q.dtype == torch.float32:
+        m, n, warps, stages = 16, 16 if block_d == 256 else 32, block_d // 16, 1
     else:
-        m, n, warps, stages = TILES[kernel, block_d]
-        if q.dtype == torch.float32:
-            m, n, stages = min(m, 32), min(n, 32), 1
+        m, n, warps, stages = TILES[generation(q), kernel, block_d]
     return dict(
         HEAD=head,
-        PRECISION="ieee",  # of float32 products: no rounding to tf32
+        PRECISION="ieee",  # of products of float32: nothing is rounded to tf32
         BLOCK_M=m,
         BLOCK_N=n,
         BLOCK_D=block_d,
@@ -550,7 +566,7 @@ def forward(
     scale, parts = scale * LOG2_E, n_parts(q, k)
     with torch.cuda.device_of(q):
         if parts == 1:
-            cut = tiles("forward", q)
+            cut = tiles("forward" if documents is None else "forward, documents", q)
             forward_kernel[(B * H * triton.cdiv(T, cut["BLOCK_M"]),)](
                 q, k, v, out, lse, documents, *strides, out.stride(), H, H // K, T, S, scale,
                 **mask, **cut,
@@ -604,7 +620,16 @@ def backward(
         cut = tiles("backward_queries", q)
         n_programs = B * H * triton.cdiv(T, cut["BLOCK_M"])
         delta_kernel[(n_programs,)](
-            out, dout, delta, out.stride(), dout.stride(), H, T, head, cut["BLOCK_M"], cut["BLOCK_D"]
+            out,
+            dout,
+            delta,
+            out.stride(),
+            dout.stride(),
+            H,
+            T,
+            head,
+            cut["BLOCK_M"],
+            cut["BLOCK_D"],
         )
         backward_queries_kernel[(n_programs,)](
             q, k, v, dout, dq, lse, delta, documents, *tensors, dq.stride(), *sizes, **mask, **cut
