@@ -447,7 +447,7 @@ def backward_keys_kernel(
 # needs more registers than there are (255 a thread) or more shared memory (227 KB a program).
 
 TILES = {  # kernel, width of a head -> BLOCK_M queries, BLOCK_N keys, warps, loads in flight
-    (9, "forward", 64): (128, 128, 8, 3),  # Hopper
+    (9, "forward", 64): (128, 64, 8, 3),  # Hopper; two programs a multiprocessor
     (9, "forward", 128): (128, 128, 8, 2),
     (9, "forward", 256): (128, 64, 8, 2),
     (9, "forward, documents", 64): (128, 64, 8, 3),
