@@ -21,6 +21,7 @@ import torch
 
 import data
 import image
+import kernels
 import templates
 from configs import DTYPES
 from data import IMAGE_TAG, IMAGE_TOKEN
@@ -211,6 +212,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
     add("--seed", type=int, metavar="N", help="of the sampling")
     add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else as stored")
+    add("--attention", choices=("auto", "kernel", "sdpa"), default="auto", help="by which code")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is one")
     return flags
 
@@ -228,6 +230,7 @@ def main():
     args = parser().parse_args()
     try:
         check(args)
+        kernels.backend = args.attention
         warn = lambda text: print(text, file=sys.stderr)  # noqa: E731
         pictures = [image.load(path, warn=warn) for path in args.image]
         model = load(args)

@@ -26,7 +26,7 @@ from recipes import Recipe
 
 # What may differ when a run is resumed: it changes no batch and no gradient, but for rounding.
 FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile", "micro_batch"}
-FREE |= {"timeout", "eval_data", "eval_every", "save_dtype", "max_bad", "on_bad"}
+FREE |= {"attention", "timeout", "eval_data", "eval_every", "save_dtype", "max_bad", "on_bad"}
 
 
 def newest(out: Path) -> Path | None:

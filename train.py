@@ -46,6 +46,7 @@ from torch.distributed.fsdp import (
 import batches
 import checkpoint
 import data
+import kernels
 import lora
 import plan
 import plot
@@ -240,7 +241,7 @@ def train(stage: int, resume: bool, recipe: Recipe):
         for name, part in model.named_children()
     }
     model.to(device).train()
-    model.language_model.recompute = recipe.recompute
+    model.language_model.recompute, kernels.backend = recipe.recompute, recipe.attention
     if recipe.compile:
         for block in [*model.language_model.layers, *model.vision_tower.layers]:
             block.compile(dynamic=True)

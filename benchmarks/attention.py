@@ -5,8 +5,8 @@
 First the arithmetic, for any machine: operations, bytes, and the shortest time either allows; then
 how many programs of each kernel a multiprocessor holds, as compiled for sm_90. Then, on a GPU, a
 table for every shape: all ways in turns in one run, random data that is not in the cache, medians
-and spread; benchmarks/attention.json has them with GPU, driver and versions. Rates are TFLOP/s, as a
-share of a large matrix product's; of decoding GB/s, as a share of a large copy's, both measured here.
+and spread; benchmarks/attention.json has them with GPU, driver and versions. Rates are TFLOP/s,
+beside those of a large matrix product; of decoding GB/s, beside those of a large copy.
 """
 
 import argparse
@@ -304,7 +304,7 @@ def main():
     gpu = torch.cuda.is_available()
     if args.tiles:
         if not gpu:
-            raise SystemExit("--tiles needs a CUDA GPU, there is none here")
+            parser.error("--tiles needs a CUDA GPU, there is none here")
         return tune()
     ceilings = measured_ceilings() if gpu else DATASHEET
     print(f"{ceilings[0] / 1e12:.0f} TFLOP/s, {ceilings[1] / 1e9:.0f} GB/s", end=" ")

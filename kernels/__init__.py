@@ -22,13 +22,23 @@ def fused(x, head_dim: int) -> bool:
         raise ValueError(f"kernels.backend is {backend!r}, none of auto, kernel, sdpa")
     return backend == "kernel" or (
         backend == "auto"
-        and x.is_cuda
-        and torch.cuda.get_device_capability(x.device) in COMPILED_FOR
+        and has_kernel(x.device)
         and compute_dtype(x) in (torch.bfloat16, torch.float16)
         and head_dim % 16 == 0
         and 32 <= head_dim <= 256
+    )
+
+
+def has_kernel(device) -> bool:
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) in COMPILED_FOR
         and importlib.util.find_spec("triton") is not None
     )
+
+
+# What torch.compiler.assume_constant_result sets; that would import the compiler, and triton.
+has_kernel._dynamo_marked_constant = True
 
 
 def compute_dtype(x):
@@ -44,11 +54,16 @@ def attend(q, k, v, visible=None, causal: bool = False):
              `documents` for the kernel, bool[B, 1, T, S] for SDPA
     """
     if fused(q, q.shape[-1]) if visible is None else visible.dtype == torch.int32:
-        from kernels.attention import attention as kernel
-
+        try:
+            from kernels.attention import attention as kernel
+        except ImportError as error:
+            raise ValueError(
+                "the attention kernel needs triton: install it, or use sdpa"
+            ) from error
         q, k, v = (x.to(compute_dtype(x)) for x in (q, k, v))  # as SDPA does by itself
         return kernel(q, k, v, causal, visible)
-    is_causal, grouped = causal and visible is None, q.shape[1] != k.shape[1]
+    is_causal = causal and visible is None
+    grouped = True if q.shape[1] != k.shape[1] else False  # torch.compile wants a plain bool
     assert not is_causal or q.shape[2] == k.shape[2], "SDPA counts from the first key"
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=grouped
