@@ -347,7 +347,7 @@ def backward_queries_kernel(
     dout = tl.load(dout, mask=exist, other=0.0)
     t = row + tl.arange(0, BLOCK_M)
     per_query = (b * H + h).to(tl.int64) * T + t
-    lse = tl.load(LSE + per_query, mask=t < T, other=float("inf"))
+    lse = tl.load(LSE + per_query, mask=t < T, other=0.0)
     delta = tl.load(DELTA + per_query, mask=t < T, other=0.0)
     p = t + S - T
     names = DOCS + b.to(tl.int64) * 2 * S if DOCUMENTS else DOCS
@@ -386,7 +386,7 @@ def add_dk_dv(
         pointers, exist = tile_of(dout_head, dout_strides, row, T, BLOCK_M, BLOCK_D, HEAD)
         dout = tl.load(pointers, mask=exist, other=0.0)
         t = row + tl.arange(0, BLOCK_M)
-        lse = tl.load(LSE + t, mask=t < T, other=float("inf"))  # no query there: P is 0
+        lse = tl.load(LSE + t, mask=t < T, other=0.0)  # beyond T dOUT and delta are 0: so is all
         delta = tl.load(DELTA + t, mask=t < T, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         P = tl.exp2(scores * scale - lse[None, :])
