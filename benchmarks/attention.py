@@ -267,19 +267,19 @@ def tune():
 
     for shape in SHAPES:
         kernel = "split" if shape.T == 1 else "forward" + ", documents" * bool(shape.documents)
-        key = torch.cuda.get_device_capability()[0], kernel, shape.head
+        key, column = (kernel, shape.head), 9 - torch.cuda.get_device_capability()[0]
         queries = (16,) if shape.T == 1 else (64, 128)
         used, times = file.TILES[key], {}
         sets, run = [inputs(shape, False)], ways(shape)["ours"]
         for cut in itertools.product(queries, (32, 64, 128), (4, 8), (1, 2, 3, 4)):
-            file.TILES[key] = cut
+            file.TILES[key] = cut, cut
             try:
                 work = repeated(run, sets, False)
                 times[cut] = statistics.median(seconds(work) for _ in range(ROUNDS))
             except triton.runtime.errors.OutOfResources:
                 continue
         file.TILES[key] = used
-        for cut in [*sorted(times, key=times.get)[:5], used]:
+        for cut in [*sorted(times, key=times.get)[:5], used[column]]:
             print(f"{shape.name:28} {cut} {times.get(cut, math.inf) * 1e6:9.1f} µs")
 
 

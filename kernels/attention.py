@@ -82,6 +82,22 @@ def tile_of(head, strides, row, n_rows, ROWS: tl.constexpr, COLS: tl.constexpr, 
 
 
 @triton.jit
+def read_tile(
+    base, strides, b, h, row, n_rows, ROWS: tl.constexpr, COLS: tl.constexpr, HEAD: tl.constexpr
+):
+    """Rows [row, row + ROWS) of head h; what does not exist is 0."""
+    pointers, exist = tile_of(head_of(base, strides, b, h), strides, row, n_rows, ROWS, COLS, HEAD)
+    return tl.load(pointers, mask=exist, other=0.0)
+
+
+@triton.jit
+def write_tile(base, strides, b, h, row, n_rows, tile, HEAD: tl.constexpr):
+    head = head_of(base, strides, b, h)
+    pointers, exist = tile_of(head, strides, row, n_rows, tile.shape[0], tile.shape[1], HEAD)
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=exist)
+
+
+@triton.jit
 def sees(p, name_p, s, name_s, S, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr):
     """bool[queries, keys] of positions p and s: the rule of `llama.visible_keys`, for a tile."""
     visible = (s < S)[None, :]
@@ -175,8 +191,7 @@ def forward_kernel(
     row = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M
     b, h = tl.program_id(0) // n_tiles // H, tl.program_id(0) // n_tiles % H
     k_head, v_head = head_of(K, k_strides, b, h // G), head_of(V, v_strides, b, h // G)
-    q, exist = tile_of(head_of(Q, q_strides, b, h), q_strides, row, T, BLOCK_M, BLOCK_D, HEAD)
-    q = tl.load(q, mask=exist, other=0.0)
+    q = read_tile(Q, q_strides, b, h, row, T, BLOCK_M, BLOCK_D, HEAD)
     t = row + tl.arange(0, BLOCK_M)
     p = t + S - T
     names = DOCS + b.to(tl.int64) * 2 * S if DOCUMENTS else DOCS
@@ -194,14 +209,9 @@ def forward_kernel(
         acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
         S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    total = tl.where(
-        total == 0.0, 1.0, total
-    )  # of a query that sees nothing: out = 0 / 1, lse = -inf
+    total = tl.where(total == 0.0, 1.0, total)  # who sees nothing gets 0 / 1, and lse = -inf
     acc = acc / total[:, None]
-    out, exist = tile_of(
-        head_of(OUT, out_strides, b, h), out_strides, row, T, BLOCK_M, BLOCK_D, HEAD
-    )
-    tl.store(out, acc.to(OUT.dtype.element_ty), mask=exist)
+    write_tile(OUT, out_strides, b, h, row, T, acc, HEAD)
     tl.store(LSE + (b * H + h).to(tl.int64) * T + t, m + tl.log2(total), mask=t < T)
 
 
@@ -244,9 +254,7 @@ def split_kernel(
         acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
         S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    total = tl.where(
-        total == 0.0, 1.0, total
-    )  # of a query that sees nothing: out = 0 / 1, lse = -inf
+    total = tl.where(total == 0.0, 1.0, total)  # who sees nothing gets 0 / 1, and lse = -inf
     acc = acc / total[:, None]
     n_heads = tl.num_programs(0) // n_parts  # B * K
     row = (i * n_heads + head).to(tl.int64) * (G * T) + rows
@@ -292,16 +300,11 @@ def delta_kernel(
     n_tiles = tl.cdiv(T, BLOCK_M)
     row, head = tl.program_id(0) % n_tiles * BLOCK_M, tl.program_id(0) // n_tiles
     b, h = head // H, head % H
-    out, exist = tile_of(
-        head_of(OUT, out_strides, b, h), out_strides, row, T, BLOCK_M, BLOCK_D, HEAD
-    )
-    out = tl.load(out, mask=exist, other=0.0).to(tl.float32)
-    dout, exist = tile_of(
-        head_of(dOUT, dout_strides, b, h), dout_strides, row, T, BLOCK_M, BLOCK_D, HEAD
-    )
-    dout = tl.load(dout, mask=exist, other=0.0).to(tl.float32)
+    out = read_tile(OUT, out_strides, b, h, row, T, BLOCK_M, BLOCK_D, HEAD)
+    dout = read_tile(dOUT, dout_strides, b, h, row, T, BLOCK_M, BLOCK_D, HEAD)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     t = row + tl.arange(0, BLOCK_M)
-    tl.store(DELTA + head.to(tl.int64) * T + t, tl.sum(out * dout, 1), mask=t < T)
+    tl.store(DELTA + head.to(tl.int64) * T + t, delta, mask=t < T)
 
 
 @triton.jit
@@ -339,12 +342,8 @@ def backward_queries_kernel(
     row = (n_tiles - 1 - tl.program_id(0) % n_tiles) * BLOCK_M
     b, h = tl.program_id(0) // n_tiles // H, tl.program_id(0) // n_tiles % H
     k_head, v_head = head_of(K, k_strides, b, h // G), head_of(V, v_strides, b, h // G)
-    q, exist = tile_of(head_of(Q, q_strides, b, h), q_strides, row, T, BLOCK_M, BLOCK_D, HEAD)
-    q = tl.load(q, mask=exist, other=0.0)
-    dout, exist = tile_of(
-        head_of(dOUT, dout_strides, b, h), dout_strides, row, T, BLOCK_M, BLOCK_D, HEAD
-    )
-    dout = tl.load(dout, mask=exist, other=0.0)
+    q = read_tile(Q, q_strides, b, h, row, T, BLOCK_M, BLOCK_D, HEAD)
+    dout = read_tile(dOUT, dout_strides, b, h, row, T, BLOCK_M, BLOCK_D, HEAD)
     t = row + tl.arange(0, BLOCK_M)
     per_query = (b * H + h).to(tl.int64) * T + t
     lse = tl.load(LSE + per_query, mask=t < T, other=0.0)
@@ -363,8 +362,7 @@ def backward_queries_kernel(
         dq, q, dout, lse, delta, p, name_p, k_head, k_strides, v_head, v_strides, names,
         whole, end, S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    out, exist = tile_of(head_of(dQ, dq_strides, b, h), dq_strides, row, T, BLOCK_M, BLOCK_D, HEAD)
-    tl.store(out, (dq * natural_scale).to(dQ.dtype.element_ty), mask=exist)
+    write_tile(dQ, dq_strides, b, h, row, T, dq * natural_scale, HEAD)
 
 
 @triton.jit
@@ -386,7 +384,7 @@ def add_dk_dv(
         pointers, exist = tile_of(dout_head, dout_strides, row, T, BLOCK_M, BLOCK_D, HEAD)
         dout = tl.load(pointers, mask=exist, other=0.0)
         t = row + tl.arange(0, BLOCK_M)
-        lse = tl.load(LSE + t, mask=t < T, other=0.0)  # beyond T dOUT and delta are 0: so is all
+        lse = tl.load(LSE + t, mask=t < T, other=float("inf"))  # no query there: P is 0
         delta = tl.load(DELTA + t, mask=t < T, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         P = tl.exp2(scores * scale - lse[None, :])
@@ -412,10 +410,8 @@ def backward_keys_kernel(
     n_tiles = tl.cdiv(S, BLOCK_N)
     n, head = tl.program_id(0) % n_tiles * BLOCK_N, tl.program_id(0) // n_tiles
     b, kv = head // (H // G), head % (H // G)
-    k, exist = tile_of(head_of(K, k_strides, b, kv), k_strides, n, S, BLOCK_N, BLOCK_D, HEAD)
-    k = tl.load(k, mask=exist, other=0.0)
-    v, exist = tile_of(head_of(V, v_strides, b, kv), v_strides, n, S, BLOCK_N, BLOCK_D, HEAD)
-    v = tl.load(v, mask=exist, other=0.0)
+    k = read_tile(K, k_strides, b, kv, n, S, BLOCK_N, BLOCK_D, HEAD)
+    v = read_tile(V, v_strides, b, kv, n, S, BLOCK_N, BLOCK_D, HEAD)
     s = n + tl.arange(0, BLOCK_N)
     names = DOCS + b.to(tl.int64) * 2 * S if DOCUMENTS else DOCS
     name_s = s
@@ -437,46 +433,30 @@ def backward_keys_kernel(
             DELTA + per_query, names, begin, end, T, S, scale,
             HEAD, CAUSAL, DOCUMENTS, PRECISION, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-    out, exist = tile_of(head_of(dK, dk_strides, b, kv), dk_strides, n, S, BLOCK_N, BLOCK_D, HEAD)
-    tl.store(out, (dk * natural_scale).to(dK.dtype.element_ty), mask=exist)
-    out, exist = tile_of(head_of(dV, dv_strides, b, kv), dv_strides, n, S, BLOCK_N, BLOCK_D, HEAD)
-    tl.store(out, dv.to(dV.dtype.element_ty), mask=exist)
+    write_tile(dK, dk_strides, b, kv, n, S, dk * natural_scale, HEAD)
+    write_tile(dV, dv_strides, b, kv, n, S, dv, HEAD)
 
 
 # The launches. Sizes of tiles are a trade: larger ones read less memory a product, until a program
 # needs more registers than there are (255 a thread) or more shared memory (227 KB a program).
 
-TILES = {  # kernel, width of a head -> BLOCK_M queries, BLOCK_N keys, warps, loads in flight
-    (9, "forward", 64): (128, 64, 8, 3),  # Hopper; two programs a multiprocessor
-    (9, "forward", 128): (128, 128, 8, 2),
-    (9, "forward", 256): (128, 64, 8, 2),
-    (9, "forward, documents", 64): (128, 64, 8, 3),
-    (9, "forward, documents", 128): (128, 64, 8, 3),
-    (9, "forward, documents", 256): (128, 32, 8, 2),
-    (9, "split", 64): (16, 128, 4, 3),  # BLOCK_M grows to 64 with the queries of a key-value head
-    (9, "split", 128): (16, 64, 4, 3),
-    (9, "split", 256): (16, 32, 4, 3),
-    (9, "backward_queries", 64): (128, 64, 8, 3),
-    (9, "backward_queries", 128): (128, 64, 8, 2),
-    (9, "backward_queries", 256): (64, 32, 8, 2),
-    (9, "backward_keys", 64): (64, 128, 8, 2),
-    (9, "backward_keys", 128): (32, 128, 8, 2),
-    (9, "backward_keys", 256): (16, 64, 8, 2),
-    (8, "forward", 64): (128, 64, 8, 3),  # Ampere, whose products need more registers
-    (8, "forward", 128): (64, 32, 4, 3),
-    (8, "forward", 256): (64, 32, 8, 2),
-    (8, "forward, documents", 64): (128, 32, 8, 3),
-    (8, "forward, documents", 128): (64, 32, 8, 3),
-    (8, "forward, documents", 256): (64, 32, 8, 2),
-    (8, "split", 64): (16, 128, 4, 3),
-    (8, "split", 128): (16, 64, 4, 3),
-    (8, "split", 256): (16, 32, 4, 3),
-    (8, "backward_queries", 64): (64, 64, 8, 3),
-    (8, "backward_queries", 128): (64, 64, 8, 2),
-    (8, "backward_queries", 256): (64, 32, 8, 2),
-    (8, "backward_keys", 64): (32, 128, 8, 3),
-    (8, "backward_keys", 128): (32, 64, 8, 2),
-    (8, "backward_keys", 256): (16, 64, 8, 1),
+# kernel, width of a head -> BLOCK_M queries, BLOCK_N keys, warps, loads in flight
+TILES = {  # on Hopper, and on Ampere, whose products need more registers
+    ("forward", 64): ((128, 64, 8, 3), (128, 64, 8, 3)),
+    ("forward", 128): ((128, 128, 8, 2), (64, 32, 4, 3)),
+    ("forward", 256): ((128, 64, 8, 2), (64, 32, 8, 2)),
+    ("forward, documents", 64): ((128, 64, 8, 3), (128, 32, 8, 3)),
+    ("forward, documents", 128): ((128, 64, 8, 3), (64, 32, 8, 3)),
+    ("forward, documents", 256): ((128, 32, 8, 2), (64, 32, 8, 2)),
+    ("split", 64): ((16, 128, 4, 3), (16, 128, 4, 3)),  # BLOCK_M: as many as there are, up to 64
+    ("split", 128): ((16, 64, 4, 3), (16, 64, 4, 3)),
+    ("split", 256): ((16, 32, 4, 3), (16, 32, 4, 3)),
+    ("backward_queries", 64): ((128, 64, 8, 3), (64, 64, 8, 3)),
+    ("backward_queries", 128): ((128, 64, 8, 2), (64, 64, 8, 2)),
+    ("backward_queries", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
+    ("backward_keys", 64): ((32, 128, 8, 3), (32, 128, 8, 3)),
+    ("backward_keys", 128): ((32, 128, 8, 2), (32, 64, 8, 2)),
+    ("backward_keys", 256): ((16, 64, 8, 2), (16, 64, 8, 1)),
 }
 
 
@@ -494,7 +474,7 @@ def tiles(kernel, q):
     elif q.dtype == torch.float32:
         m, n, warps, stages = 16, 16 if block_d == 256 else 32, block_d // 16, 1
     else:
-        m, n, warps, stages = TILES[generation(q), kernel, block_d]
+        m, n, warps, stages = TILES[kernel, block_d][0 if generation(q) == 9 else 1]
     return dict(
         HEAD=head,
         PRECISION="ieee",  # of products of float32: nothing is rounded to tf32
