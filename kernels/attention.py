@@ -217,7 +217,7 @@ def forward_kernel(
 
 # Decoding: few queries, many keys. One program per head would leave most of the GPU without work,
 # so the keys are cut into parts, one program each, and a second kernel adds up the parts. The rows
-# of a tile are all queries of all heads that share a key-value head: its keys are read once.
+# of a tile are the queries of all heads that share a key-value head: its keys are read once for 16.
 
 
 @triton.jit(do_not_specialize=[*SIZES, "n_parts", "part"])
@@ -227,9 +227,11 @@ def split_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i, head = tl.program_id(0) % n_parts, tl.program_id(0) // n_parts
+    n_tiles = tl.cdiv(G * T, BLOCK_M)
+    row, head = head % n_tiles * BLOCK_M, head // n_tiles
     b, kv = head // (H // G), head % (H // G)
     k_head, v_head = head_of(K, k_strides, b, kv), head_of(V, v_strides, b, kv)
-    rows, cols = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    rows, cols = row + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     t, exist = rows % T, (rows < G * T)[:, None] & (cols < HEAD)[None, :]
     q = head_of(Q, q_strides, b, kv * G + rows // T) + t.to(tl.int64) * q_strides[2]
     q = tl.load(q[:, None] + cols[None, :] * q_strides[3], mask=exist, other=0.0)
@@ -256,7 +258,7 @@ def split_kernel(
     )  # fmt: skip
     total = tl.where(total == 0.0, 1.0, total)  # who sees nothing gets 0 / 1, and lse = -inf
     acc = acc / total[:, None]
-    n_heads = tl.num_programs(0) // n_parts  # B * K
+    n_heads = tl.num_programs(0) // n_parts // n_tiles  # B * K
     row = (i * n_heads + head).to(tl.int64) * (G * T) + rows
     tl.store(PARTS + row[:, None] * HEAD + cols[None, :], acc, mask=exist)
     tl.store(LSE + row, m + tl.log2(total), mask=rows < G * T)
@@ -448,9 +450,9 @@ TILES = {  # on Hopper, and on Ampere, whose products need more registers
     ("forward, documents", 64): ((128, 64, 8, 3), (128, 32, 8, 3)),
     ("forward, documents", 128): ((128, 64, 8, 3), (64, 32, 8, 3)),
     ("forward, documents", 256): ((128, 32, 8, 2), (64, 32, 8, 2)),
-    ("split", 64): ((16, 128, 4, 3), (16, 128, 4, 3)),  # BLOCK_M: as many as there are, up to 64
+    ("split", 64): ((16, 128, 4, 3), (16, 128, 4, 3)),
     ("split", 128): ((16, 64, 4, 3), (16, 64, 4, 3)),
-    ("split", 256): ((16, 32, 4, 3), (16, 32, 4, 3)),
+    ("split", 256): ((16, 32, 8, 3), (16, 32, 4, 3)),
     ("backward_queries", 64): ((128, 64, 8, 3), (64, 64, 8, 3)),
     ("backward_queries", 128): ((128, 64, 8, 2), (64, 64, 8, 2)),
     ("backward_queries", 256): ((64, 32, 8, 2), (64, 32, 8, 2)),
@@ -517,7 +519,7 @@ def like_rows(x):
 def n_parts(q, k):
     """Into how many parts decoding cuts the keys: two programs for every multiprocessor."""
     (B, H, T, _), (K, S) = q.shape, k.shape[1:3]
-    if H // K * T > 64:  # more rows than one tile takes: no decoding
+    if H // K * T > 64:  # four tiles of rows: no decoding
         return 1
     n_processors = 132
     if q.is_cuda:
@@ -553,11 +555,10 @@ def forward(
             )  # fmt: skip
             return out, lse
         cut = tiles("split", q)
-        cut["BLOCK_M"] = max(16, triton.next_power_of_2(H // K * T))
         part = triton.cdiv(triton.cdiv(S, parts), cut["BLOCK_N"]) * cut["BLOCK_N"]
         part_outs = lse.new_empty(parts, B, H, T, head)
         part_lse = lse.new_empty(parts, B, H, T)
-        split_kernel[(B * K * parts,)](
+        split_kernel[(B * K * triton.cdiv(H // K * T, cut["BLOCK_M"]) * parts,)](
             q, k, v, part_outs, part_lse, documents, *strides, H, H // K, T, S, parts, part, scale,
             **mask, **cut,
         )  # fmt: skip
