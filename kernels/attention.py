@@ -26,9 +26,9 @@ Who sees whom is the rule of llama.py without its dense mask: see `kernels.docum
 where queries end: with S keys, query t of T stands at position t + S - T.
 
 Measured: not yet, no GPU was at hand. Triton 3.7.1 compiles every kernel for sm_80 and sm_90
-(tests/test_compile_kernels.py), its interpreter gives the right numbers. Known limits: float32 is
-exact and slow (no tensor cores); head widths that are no power of two are computed in tiles of
-the next one; a NaN in v that a query sees makes the query's whole output NaN.
+(tests/test_compile_kernels.py), its interpreter gives the right numbers (tests/test_attention.py).
+Known limits: float32 is exact and slow (no tensor cores); heads not 64, 128 or 256 wide are
+computed in tiles of the next of these; no dropout, no bias, no gradients of gradients.
 """
 
 import math
