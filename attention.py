@@ -14,6 +14,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+import kernels
+
 TILE = 256  # queries at a time, on a CPU
 
 
@@ -45,9 +47,13 @@ def attend(q, k, v, tiles=None, causal: bool = False):
     """float[B, H, T, Dh] with K heads of keys and values, float[B, K, S, Dh] -> like q.
 
     `tiles` come from query_tiles; without them every query sees every key, or with `causal` those
-    that are not after it (T = S).
+    that are not after it. On a GPU our kernel may be the one to run (kernels/), and `tiles` are
+    what it takes: those of `kernels.documents`.
     """
+    if kernels.takes(q, tiles):
+        return kernels.attend(q, k, v, tiles, causal)
     if tiles is None:
+        assert not causal or q.shape[2] == k.shape[2], "SDPA counts from the first key"
         return one_tile(q, k, v, causal=causal)
     parts = [one_tile(q[:, :, i], k[:, :, j], v[:, :, j], mask) for i, j, mask in tiles]
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
@@ -56,7 +62,7 @@ def attend(q, k, v, tiles=None, causal: bool = False):
 def one_tile(q, k, v, mask=None, causal: bool = False):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] > 1 and not causal:
         return written_out(q, k, v, mask)
-    grouped = q.shape[1] != k.shape[1]
+    grouped = True if q.shape[1] != k.shape[1] else False  # torch.compile wants a plain bool
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
     )

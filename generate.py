@@ -21,6 +21,7 @@ import torch
 
 import data
 import image
+import kernels
 import templates
 from answers import GREEDY, decode
 from configs import DTYPES
@@ -155,7 +156,7 @@ def place(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
 def load(args) -> LLaVA:
     """The model that the flags of `add_model_flags` name; stderr says what was chosen."""
     device, dtype = place(args.device, args.dtype)
-    path = args.model or TINY
+    kernels.backend, path = args.attention, args.model or TINY
     model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: expected tokenizer.model or tokenizer.json")
@@ -176,6 +177,7 @@ def add_model_flags(flags, several: bool = False):
     add("--template", help=f"conversation template: {', '.join(templates.TEMPLATES)}")
     add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16, or fp16 without it")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else mps, else cpu")
+    add("--attention", choices=kernels.BACKENDS, default="auto", help=kernels.HELP)
 
 
 def parser() -> argparse.ArgumentParser:

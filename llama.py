@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import checkpoint
+import kernels
 from attention import attend, query_tiles
 
 
@@ -179,7 +180,7 @@ class Attention(nn.Module):
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, Dh)
-        x = attend(q, k, v, tiles, causal=tiles is None)  # (B, H, T, Dh)
+        x = attend(q, k, v, tiles, causal=True)  # (B, H, T, Dh)
         return self.o_proj(x.transpose(1, 2).reshape(B, T, -1))  # (B, T, D)
 
 
@@ -266,9 +267,10 @@ class LLaMA(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         B, T, _ = x.shape
         n_past = cache.length if cache is not None else 0
-        if mask is None and n_past == 0 and x.device.type != "cpu":
+        fused = kernels.fused(x, self.config.head_dim)
+        if mask is None and (fused or n_past == 0 and x.device.type != "cpu"):
             tiles = None  # plain causal attention, for which fast kernels exist
-            positions = torch.arange(T, device=x.device)[None]  # (1, T)
+            positions = torch.arange(n_past, n_past + T, device=x.device)[None]  # (1, T)
         else:
             if mask is None:
                 mask = torch.ones(B, n_past + T, dtype=torch.long, device=x.device)
@@ -277,9 +279,13 @@ class LLaMA(nn.Module):
                     f"expected mask int[{B}, {n_past + T}] ({n_past} cached + {T} new tokens), "
                     f"got {list(mask.shape)}"
                 )
-            visible = visible_keys(mask, T)  # (B, T, S)
-            positions = visible.sum(-1) - 1  # (B, T)
-            tiles = query_tiles(visible)
+            if fused:  # the same rule in O(S) memory
+                tiles, positions = kernels.documents(mask)  # (B, 2, S), (B, S)
+                positions = positions[:, n_past:]  # (B, T)
+            else:
+                visible = visible_keys(mask, T)  # (B, T, S)
+                positions = visible.sum(-1) - 1  # (B, T)
+                tiles = query_tiles(visible)
         rope = rope_tables(positions, self.config, x.dtype)
         for block in self.layers:
             if self.recompute == "none" or not self.training:

@@ -29,6 +29,7 @@ from recipes import Recipe
 # What may differ when a run is resumed: it changes no batch and no gradient, but for rounding.
 FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile", "micro_batch"}
 FREE |= {
+    "attention",
     "timeout",
     "save_in_background",
     "watch",

@@ -42,6 +42,7 @@ import assemble
 import batches
 import checkpoint
 import data
+import kernels
 import lora
 import plan
 import plot
@@ -180,7 +181,7 @@ def train(stage: int, resume: bool, recipe: Recipe, export_only: bool = False):
         assemble.shard_model(model, recipe, device, dtype)
     assemble.fill(model, stored, device)
     model.train()
-    model.language_model.recompute = recipe.recompute
+    model.language_model.recompute, kernels.backend = recipe.recompute, recipe.attention
     if recipe.compile:
         for block in [*model.language_model.layers, *model.vision_tower.layers]:
             block.compile(dynamic=True)
