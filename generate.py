@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import data
+import fast
 import image
 import templates
 from configs import DTYPES
@@ -181,8 +182,12 @@ def load(args) -> LLaVA:
     if args.model is None:
         print(TINY_KNOWS, file=sys.stderr)
     # On a CPU half precision is emulated or slow for most models: float32 unless asked otherwise.
-    dtype = DTYPES[args.dtype] if args.dtype else torch.float32 if device == "cpu" else None
-    model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base)
+    # (The kernels for quantised weights take bfloat16.)
+    usual = torch.float32 if args.quantize is None else torch.bfloat16
+    dtype = DTYPES[args.dtype] if args.dtype else usual if device == "cpu" else None
+    bits = {None: None, "int8": 8, "int4": 4}[args.quantize]
+    model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base, bits)
+    fast.prepare(model)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: expected tokenizer.model or tokenizer.json")
     if args.template:
@@ -211,6 +216,7 @@ def parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from this much probability")
     add("--seed", type=int, metavar="N", help="of the sampling")
     add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else as stored")
+    add("--quantize", choices=("int8", "int4"), help="round the decoder's weights: less memory")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda if there is one")
     return flags
 
