@@ -53,8 +53,8 @@ class Product(nn.Module):
 
     def __init__(self, *linears, rows: int = 1):
         super().__init__()
-        weight = torch.cat([linear.weight.detach() for linear in linears])
-        biases = [getattr(linear, "bias", None) for linear in linears]  # an embedding has none
+        weights, biases = [x.weight.detach() for x in linears], [x.bias for x in linears]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.bias = None if biases[0] is None else torch.cat(biases).detach()
         self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
         if self.packed:
@@ -167,8 +167,8 @@ class Decoder(LLaMA):
         elif isinstance(self.layers[0].down, QuantizedLinear):
             self.out = QuantizedLinear(self.embed_tokens.weight, HEAD_BITS)
             self.out.pack()
-        else:
-            self.out = Product(self.embed_tokens)
+        else:  # packed, the table would be in memory twice
+            self.out = lambda hidden: F.linear(hidden, self.embed_tokens.weight)
 
     def hidden(self, token_ids=None, embeds=None, mask=None, cache=None):
         """As in LLaMA."""
