@@ -96,7 +96,9 @@ class QuantizedLinear(nn.Module):
     def pack(self):
         """Lay the weights out for torch's kernels, private functions (seen in 2.11 and 2.13)."""
         here = all(hasattr(torch.ops.aten, name) for name in KERNELS[self.bits])
-        self.packed = here and self.q.device.type == "cpu" and self.out_features % 16 == 0
+        # They read 16 numbers at a time, and beyond the end of a row that is no multiple.
+        fits = self.out_features % 16 == 0 and self.in_features % 32 == 0
+        self.packed = here and fits and self.q.device.type == "cpu"
         if self.packed and self.bits == 4:
             q = torch.stack([self.q & 15, self.q >> 4], dim=-1).flatten(1).to(torch.int32)
             self.q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
