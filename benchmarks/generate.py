@@ -1,15 +1,15 @@
 """Answers on two cores: ours, and transformers' `generate` on the same weights, in turns.
 
-    python benchmarks/generate.py text llava speed seven quality      all of it, some 20 minutes
+    python benchmarks/generate.py text llava starts speed seven quality      all, some 20 minutes
 
 text     SmolLM2-135M (tests/smollm2.py), 640 random tokens, 128 new ones
 llava    ViT-L/14-336 and an MLP, both random, before it: a picture (576), 64 tokens, 128 new ones
+starts   the same two in new processes: from before the first import to the first token, the weights
+         in the page cache; the largest resident set (VmHWM), mapped pages included
 speed    the shape of TinyLlama-1.1B, random weights: tokens/s against the memory's bandwidth
 seven    LLaVA-1.5-7B's shape in int4, random weights: tokens/s and peak memory
 quality  what bfloat16, int8 and int4 do to SmolLM2's logits and to the bundled model's answers
 
-Cold starts are processes of their own, from before the first import to the first token, weights in
-the page cache. Peak memory is such a process's largest resident set (VmHWM), mapped pages included.
 Figures are medians with the smallest and largest; each part replaces its own in generate.json.
 """
 
@@ -32,6 +32,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests"), str(HERE.parent / 
 FILE = HERE / "generate.json"
 PROMPT, NEW, N_PATCHES = 640, 128, 576
 IMAGE_ID = 4  # where transformers puts a picture: a token of SmolLM2 that no text contains
+SECONDS = 150  # after so long no further round begins
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -212,31 +213,50 @@ def compare(case: str, dtype: str, rounds: int) -> dict:
     """Both engines in turns: {engine: {figure: [median, smallest, largest]}} and their ratios."""
     pixels = torch.randn(1, 3, 336, 336) if case == "llava" else None
     engines = {name: make(case, dtype) for name, make in ENGINES.items()}
-    runs = {name: [] for name in engines}
+    runs, started = {name: [] for name in engines}, time.time()
     for i in range(rounds + 1):  # the first one warms up
+        if i > 1 and time.time() - started > SECONDS:
+            break
         for name, engine in engines.items():
             found = measure(engine, pixels)
             if i:
                 runs[name].append(found)
-    tokens = {name: found[0].pop("tokens") for name, found in runs.items()}
+    tokens = {name: [run.pop("tokens") for run in found][0] for name, found in runs.items()}
     same = next((i for i in range(NEW) if tokens["ours"][i] != tokens["theirs"][i]), NEW)
-    del engines
-    starts = {name: [cold(name, case, dtype) for _ in range(3)] for name in runs}
-    result = {name: summary(found) | summary(starts[name]) for name, found in runs.items()}
-    result["ours is better by"] = {
-        key: round(ours[0] / theirs[0] if "tokens/s" in key else theirs[0] / ours[0], 2)
-        for key, ours, theirs in (
-            (key, result["ours"][key], result["theirs"][key]) for key in result["ours"]
-        )
+    return summaries(runs) | {
+        "rounds": len(runs["ours"]),
+        "same greedy tokens": same,
+        "load of the machine": os.getloadavg()[1],  # 2 would be this program alone
     }
+
+
+def summaries(runs: dict) -> dict:
+    """Figures of both, and how many times better ours is, round by round."""
+    ratios = [
+        {
+            key: ours[key] / theirs[key] if "tokens/s" in key else theirs[key] / ours[key]
+            for key in ours
+        }
+        for ours, theirs in zip(runs["ours"], runs["theirs"], strict=True)
+    ]
+    result = {name: summary(found) for name, found in runs.items()}
+    return result | {"ours is better by": summary(ratios)}
+
+
+def compare_starts(case: str, dtype: str, rounds: int) -> dict:
+    """The same for processes that start, answer once and end."""
+    runs = {name: [] for name in ENGINES}
+    for _ in range(rounds):
+        for name, found in runs.items():
+            found.append(cold(name, case, dtype))
     cache = 2 * 30 * 3 * 64 * (PROMPT + NEW) * DTYPES[dtype].itemsize
     weights = sum(f.stat().st_size for f in folder(case, dtype).glob("*.safetensors"))
-    return result | {"same greedy tokens": same, "weights and cache, MB": (weights + cache) / 1e6}
+    return summaries(runs) | {"weights and cache, MB": round((weights + cache) / 1e6)}
 
 
 def summary(runs: list[dict]) -> dict:
-    keys = [key for key in runs[0] if key != "tokens"]
-    values = {key: [run[key] for run in runs] for key in keys}
+    """{figure: [median, smallest, largest]}"""
+    values = {key: [run[key] for run in runs] for key in runs[0]}
     return {
         key: [round(f(v), 4) for f in (statistics.median, min, max)] for key, v in values.items()
     }
@@ -380,7 +400,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("text", "llava", "speed", "seven", "quality")
+    names = ("text", "llava", "starts", "speed", "seven", "quality")
     parser.add_argument("parts", nargs="*", choices=names, help="what to measure")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -397,6 +417,11 @@ def main():
         if part in ("text", "llava"):
             for dtype in args.dtypes:
                 results[f"{part} {dtype}"] = compare(part, dtype, args.rounds)
+        elif part == "starts":
+            for case in ("text", "llava"):
+                for dtype in args.dtypes:
+                    found = compare_starts(case, dtype, args.rounds)
+                    results[f"start {case} {dtype}"] = found
         elif part == "speed":
             results[part] = speed(args.rounds)
         elif part == "seven":

@@ -222,6 +222,7 @@ def test_a_quantised_llava_is_near_the_exact_one_and_smaller(bits, most, kernels
     block = exact.language_model.layers[0]
     matrices = [module for module in block.modules() if isinstance(module, torch.nn.Linear)]
     n_weights = sum(module.weight.numel() for module in matrices)
+    assert not any(isinstance(m, torch.nn.Linear) for m in model.language_model.modules())
     buffers = list(model.language_model.layers[0].buffers())
     n_bits = 8 * sum(tensor.numel() * tensor.element_size() for tensor in buffers)
     assert n_bits < (bits + 0.6) * n_weights
