@@ -10,9 +10,9 @@ is computed differently here but for the order of a sum; what changes is how the
                MLP's gate and up.
     folded     Bias, activation and residual are worked in while a result is in the cache, by the
                product itself (oneDNN's "post-ops").
-    attention  One query: those that share a key head are the rows of one product, in float32.
-               Many queries in bfloat16: two plain products, a few heads at a time, so that the
-               scores stay in the cache. torch's fused kernel takes twice as long for either.
+    attention  torch's fused kernel takes two to five times as long in bfloat16 as it need. One
+               query: those that share a key head become the rows of one product, never fewer than
+               two. Many: two plain products, a few heads at a time, the scores in the cache.
     masks      None where nothing is hidden.
 
 `prepare` is the one call. A prepared model only answers: it is neither trained nor saved. Read
@@ -53,7 +53,7 @@ class Product(nn.Module):
 
     def __init__(self, *linears, rows: int = 1):
         super().__init__()
-        weights, biases = [x.weight.detach() for x in linears], [x.bias for x in linears]
+        weights, biases = [x.weight.data for x in linears], [x.bias for x in linears]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.bias = None if biases[0] is None else torch.cat(biases).detach()
         self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
@@ -158,6 +158,7 @@ class Decoder(LLaMA):
 
     def __init__(self, llama: LLaMA):
         nn.Module.__init__(self)
+        llama.requires_grad_(False)
         self.config, self.norm, self.embed_tokens = llama.config, llama.norm, llama.embed_tokens
         self.layers = llama.layers
         for i, block in enumerate(self.layers):  # one by one, so that the old ones are freed
@@ -230,6 +231,7 @@ class Tower(ViT):
 
     def __init__(self, vit: ViT):
         nn.Module.__init__(self)
+        vit.requires_grad_(False)
         self.config, self.embeddings = vit.config, vit.embeddings
         self.pre_layernorm, self.post_layernorm = vit.pre_layernorm, vit.post_layernorm
         self.layers = vit.layers
@@ -237,7 +239,6 @@ class Tower(ViT):
             self.layers[i] = TowerBlock(block, self.config)
 
 
-@torch.inference_mode()
 def prepare(model):
     """Rearrange a LLaVA on a CPU in place, block by block: memory peaks at one block more.
 
