@@ -44,6 +44,15 @@ def can_pack(dtype) -> bool:
     return dtype == torch.float32 and not torch.cpu._is_amx_tile_supported()
 
 
+def multiplies_bfloat16() -> bool:
+    """Has this CPU products of bfloat16 (AVX512-BF16, AMX)? Then they take half of float32's time.
+
+    Where it has not, bfloat16 halves the memory and nothing else.
+    """
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+
+
 class Product(nn.Module):
     """x W^T + b with W packed: float[..., D] -> float[..., F]; then SiLU, or a residual added.
 
