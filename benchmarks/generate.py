@@ -17,6 +17,7 @@ round; "speed" takes the fastest tenth and the fastest read. Each part replaces 
 """
 
 import argparse
+import copy
 import json
 import os
 import platform
@@ -274,8 +275,11 @@ def summary(runs: list[dict]) -> dict:
     }
 
 
-def random_decoder(config, quantize=None):
-    """A decoder of random bfloat16 weights, quantised matrix by matrix: little memory is needed."""
+def random_decoder(config, bits=None):
+    """A decoder of random bfloat16 weights, quantised matrix by matrix: little memory is needed.
+
+    Every layer has the same numbers, in memory of its own: making new ones would take minutes.
+    """
     import fast
     from checkpoint import NoInit
     from llama import LLaMA
@@ -284,14 +288,20 @@ def random_decoder(config, quantize=None):
     with torch.device("meta"), NoInit():
         holder = torch.nn.Module()
         holder.language_model = LLaMA(config)
+    made = {}
     for name, meta in list(holder.named_parameters()):
-        tensor = torch.empty(meta.shape, dtype=torch.bfloat16).normal_(0, 0.02)
-        if "norm" in name:
-            tensor.fill_(1)
-        if not (quantize and taker(quantize)(holder, name, tensor)):
-            path, _, leaf = name.rpartition(".")
-            setattr(holder.get_submodule(path), leaf, torch.nn.Parameter(tensor, False))
-    with torch.inference_mode():
+        path, _, _ = name.rpartition(".")
+        kind = path.rpartition(".")[2]
+        if kind not in made:
+            weight = torch.empty(meta.shape, dtype=torch.bfloat16).normal_(0, 0.02)
+            weight = torch.ones_like(weight) if "norm" in name else weight
+            if not (bits and taker(bits)(holder, name, weight)):
+                holder.get_submodule(path).weight = torch.nn.Parameter(weight, False)
+            made[kind] = copy.deepcopy(holder.get_submodule(path))
+        else:
+            holder.set_submodule(path, copy.deepcopy(made[kind]))
+    del made
+    with torch.no_grad():
         return fast.Decoder(holder.language_model.eval())
 
 
