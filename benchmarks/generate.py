@@ -239,7 +239,6 @@ def compare(case: str, dtype: str, rounds: int, n_new: int) -> dict:
         "rounds": len(runs["ours"]),
         "new tokens": n_new,
         "same greedy tokens": same,
-        "load of the machine": os.getloadavg()[1],  # 2 would be this program alone
     }
 
 
@@ -440,22 +439,25 @@ def main():
     results["machine"] = f"{flags}, {os.cpu_count()} cores, Python {platform.python_version()}"
     results["torch"] = torch.__version__
     for part in args.parts:
+        found = {}
         if part in ("text", "llava"):
             for dtype in args.dtypes:
-                results[f"{part} {dtype}"] = compare(part, dtype, args.rounds, args.new)
+                found[f"{part} {dtype}"] = compare(part, dtype, args.rounds, args.new)
         elif part == "starts":
             for case in ("text", "llava"):
                 for dtype in args.dtypes:
-                    found = compare_starts(case, dtype, args.rounds)
-                    results[f"start {case} {dtype}"] = found
+                    found[f"start {case} {dtype}"] = compare_starts(case, dtype, args.rounds)
         elif part == "speed":
-            results[part] = speed(args.rounds)
+            found[part] = speed(args.rounds)
         elif part == "seven":
             command = [sys.executable, __file__, "--child"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            results[part] = json.loads(done.stdout.splitlines()[-1])
+            found[part] = json.loads(done.stdout.splitlines()[-1])
         else:
-            results[part] = quality(args.pictures)
+            found[part] = quality(args.pictures)
+        for figures in found.values():
+            figures["load of the machine"] = round(os.getloadavg()[0], 1)  # 2: nothing but this
+        results |= found
         FILE.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
