@@ -31,7 +31,7 @@ SCORES = 2**21  # attention scores in work at a time: 4 MB in bfloat16, about th
 
 
 def can_pack(dtype) -> bool:
-    """Are oneDNN's packed products here? They are private to torch (seen in 2.11 and 2.13)."""
+    """Are oneDNN's packed products here? They are private to torch (seen in 2.13)."""
     names = "_reorder_linear_weight", "_linear_pointwise"
     if not torch.backends.mkldnn.is_available():
         return False

@@ -94,7 +94,7 @@ class QuantizedLinear(nn.Module):
         return first
 
     def pack(self):
-        """Lay the weights out for torch's kernels, private functions (seen in 2.11 and 2.13)."""
+        """Lay the weights out for torch's kernels, private functions (seen in 2.13)."""
         here = all(hasattr(torch.ops.aten, name) for name in KERNELS[self.bits])
         # They read 16 numbers at a time, and beyond the end of a row that is no multiple.
         fits = self.out_features % 16 == 0 and self.in_features % 32 == 0
