@@ -296,7 +296,8 @@ def random_decoder(config, bits=None):
             weight = torch.ones_like(weight) if "norm" in name else weight
             if not (bits and taker(bits)(holder, name, weight)):
                 holder.get_submodule(path).weight = torch.nn.Parameter(weight, False)
-            made[kind] = copy.deepcopy(holder.get_submodule(path))
+            if ".layers." in name:
+                made[kind] = copy.deepcopy(holder.get_submodule(path))
         else:
             holder.set_submodule(path, copy.deepcopy(made[kind]))
     del made
