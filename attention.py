@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import kernels
 
 TILE = 256  # queries at a time, on a CPU
+SCORES = 2**21  # and scores at a time: 4 MB in bfloat16
 
 
 def query_tiles(visible):
@@ -69,14 +70,21 @@ def one_tile(q, k, v, mask=None, causal: bool = False):
 
 
 def written_out(q, k, v, mask=None):
-    """The formula. The H / K query heads that share a head of keys are laid end to end."""
+    """The formula, for a few heads at a time, so that their scores stay in the cache."""
     (B, H, T, Dh), K, S = q.shape, k.shape[1], k.shape[2]
-    q = (q * Dh**-0.5).reshape(B, K, -1, Dh)  # (B, K, H/K * T, Dh)
-    scores = (q @ k.transpose(2, 3)).view(B, K, -1, T, S)  # (B, K, H/K, T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, :, None], -math.inf)
-    weights = scores.softmax(-1).view(B, K, -1, S)
-    return (weights @ v).view(B, H, T, Dh)
+    q = (q * Dh**-0.5).reshape(B, K, -1, Dh)  # (B, K, H/K * T, Dh): who share keys, end to end
+    heads = max(1, SCORES // (H // K * T * S))  # of keys, at a time
+    rows, heads = max(1, heads // K), min(heads, K)
+    parts = []
+    for b in range(0, B, rows):
+        for i in range(0, K, heads):
+            some = slice(b, b + rows), slice(i, i + heads)
+            scores = q[some] @ k[some].transpose(2, 3)  # (rows, heads, H/K * T, S)
+            if mask is not None:
+                hidden = ~mask[b : b + rows, :, None]  # (rows, 1, 1, T, S)
+                scores = scores.unflatten(2, (-1, T)).masked_fill(hidden, -math.inf).flatten(2, 3)
+            parts.append((scores.softmax(-1) @ v[some]).flatten(0, 1))  # (rows * heads, ...)
+    return torch.cat(parts).view(B, H, T, Dh)
 
 
 def main():

@@ -369,22 +369,25 @@ class NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(make, source: Checkpoint, part: str, dtype=None, device=None) -> torch.nn.Module:
+def build(make, source: Checkpoint, part: str, dtype=None, device=None, take=None):
     """Make a module and fill it from a checkpoint, strictly; returned in eval mode.
 
     make:   a function without arguments that returns the module; it runs on the meta device, so
             no memory is taken and nothing is initialised
     part:   "vision_tower" | "language_model" | "llava", what the module is
     dtype:  None: the smallest type that holds every stored value of the part exactly
+    take:   take(module, name, tensor) puts a tensor in place in another form, or returns False
 
     Each tensor is copied once, to where it stays: memory peaks at the model and one tensor more.
     Raises CheckpointError naming the missing, unexpected and misshapen tensors together.
     """
     module, names = match(make, source, part)
     dtype = dtype or reduce(torch.promote_types, (stored.dtype for stored in names.values()))
-    state = {
-        ours: stored.read().to(device or "cpu", dtype, copy=True) for ours, stored in watched(names)
-    }
+    state = {}
+    for ours, stored in watched(names):
+        tensor = stored.read().to(device or "cpu", dtype, copy=True)
+        if take is None or not take(module, ours, tensor):
+            state[ours] = tensor
     module.load_state_dict(state, assign=True)
     return module.eval()
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import data
+import fast
 import image
 import kernels
 import templates
@@ -132,7 +133,7 @@ def question(prompt: str, n_pictures: int) -> str:
     return prompt
 
 
-def place(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
+def place(device: str | None, dtype: str | None, quantize=None) -> tuple[str, torch.dtype]:
     """Where the model runs and in which type: what was asked for, or the best that is there."""
     there = {
         "cuda": torch.cuda.is_available(),
@@ -145,7 +146,7 @@ def place(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
     if dtype:
         return device, DTYPES[dtype]
     if device == "cpu":  # half precision is emulated or slow there for most models
-        return device, torch.float32
+        return device, torch.bfloat16 if quantize else torch.float32  # what quantize.py's take
     if device == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -155,9 +156,12 @@ def place(device: str | None, dtype: str | None) -> tuple[str, torch.dtype]:
 
 def load(args) -> LLaVA:
     """The model that the flags of `add_model_flags` name; stderr says what was chosen."""
-    device, dtype = place(args.device, args.dtype)
+    device, dtype = place(args.device, args.dtype, args.quantize)
     kernels.backend, path = args.attention, args.model or TINY
-    model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base)
+    bits = {None: None, "int8": 8, "int4": 4}[args.quantize]
+    model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base, bits)
+    if args.attention != "kernel":
+        fast.prepare(model)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: expected tokenizer.model or tokenizer.json")
     if args.template:
@@ -165,6 +169,8 @@ def load(args) -> LLaVA:
         model.template = args.template
     about = f"conversation template: {model.template} (--template)" if args.model else TINY_KNOWS
     say(f"{about}; on {device} in {next(name for name in DTYPES if DTYPES[name] == dtype)}")
+    if args.model and not args.dtype and dtype == torch.float32 and fast.multiplies_bfloat16():
+        say("this CPU is about twice as fast with --dtype bf16")
     return model
 
 
@@ -176,6 +182,7 @@ def add_model_flags(flags, several: bool = False):
     add("--vision-tower", metavar="DIR", help="CLIP folder to use instead of the checkpoint's own")
     add("--template", help=f"conversation template: {', '.join(templates.TEMPLATES)}")
     add("--dtype", choices=DTYPES, help="default: fp32 on a CPU, else bf16, or fp16 without it")
+    add("--quantize", choices=("int8", "int4"), help="round the decoder's weights: less memory")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: cuda, else mps, else cpu")
     add("--attention", choices=kernels.BACKENDS, default="auto", help=kernels.HELP)
 

@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as checkpointed
 
 import checkpoint
+import quantize as quantized
 import tokenizer
 from data import IGNORE, IMAGE_TOKEN
 from image import ImageConfig, choose_grid
@@ -91,17 +92,21 @@ class LLaVA(nn.Module):
         self.image_newline = nn.Parameter(torch.randn(dim) * dim**-0.5)
 
     @classmethod
-    def from_pretrained(cls, path, vision_tower=None, dtype=None, device=None, base=None):
+    def from_pretrained(
+        cls, path, vision_tower=None, dtype=None, device=None, base=None, quantize=None
+    ):
         """Load any official LLaVA, from a folder or by the Hugging Face id of a downloaded one.
 
         `vision_tower`: a CLIP checkpoint that replaces the tower of this one.
         `dtype`, `device`: default to the stored type and the CPU.
         `base`: what a delta, a LoRA or a lone projector belongs to.
+        `quantize`: 8 or 4, the bits to which the decoder's matrices are rounded as they are read.
         Raises ValueError naming all tensors that are missing, unexpected or misshapen.
         """
         source = checkpoint.Checkpoint(path, base, vision_tower)
         config = cls.read_config(source)
-        model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device)
+        take = quantized.taker(quantize) if quantize else None
+        model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device, take)
         model.read_tokenizer(source)
         return model
 

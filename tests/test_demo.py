@@ -5,7 +5,6 @@ the browser test playwright and Chromium (`apt install chromium`); where they ar
 skipped. SCREENSHOT=FILE keeps a picture of the page.
 """
 
-import argparse
 import importlib.util
 import os
 import re
@@ -20,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import demo
+import generate
 from decoding import Decoding
 
 ROOT = Path(__file__).parent.parent
@@ -62,8 +62,7 @@ def test_a_question_without_an_answer_is_left_out_with_its_pictures():
 
 
 def test_a_follow_up_does_not_read_the_picture_again():
-    flags = ("model", "model_base", "vision_tower", "template", "dtype", "device")
-    host = demo.Host(argparse.Namespace(**dict.fromkeys(flags)))
+    host = demo.Host(generate.parser().parse_args([]))
     seen = []
     host.model.vision_tower.register_forward_hook(lambda *a: seen.append(1))
     turns, files = [("human", f"<image>\n{QUESTION}")], [STICKERS]

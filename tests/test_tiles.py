@@ -22,12 +22,14 @@ def exact(q, k, v, visible):
     return scores.masked_fill(~visible[:, None], -torch.inf).softmax(-1) @ v
 
 
+@pytest.mark.parametrize("scores", [1, 2**20, 2**40], ids=["a head", "some heads", "all heads"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"]
 )
-def test_tiles_give_attention_and_its_gradients(mask, kv_heads, dtype, bound):
+def test_tiles_give_attention_and_its_gradients(mask, kv_heads, scores, dtype, bound, monkeypatch):
+    monkeypatch.setattr(attention, "SCORES", scores)
     torch.manual_seed(0)
     visible = visible_keys(torch.tensor(mask), 600)  # (B, T, S)
     sizes = ((4, 600), (kv_heads, visible.shape[2]), (kv_heads, visible.shape[2]))

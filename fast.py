@@ -1,0 +1,264 @@
+"""The same model with its weights laid out for a CPU: the same answers, sooner.
+
+llama.py and vit.py are written to be read, and a CPU runs them at half the speed it could. Nothing
+is computed differently here but for the order of a sum; what changes is how the weights lie:
+
+    packed     A token reads every weight once, so its time is bytes / bandwidth, provided that a
+               matrix lies in memory in the order in which the product walks through it. oneDNN, the
+               library behind torch's products on CPUs, reorders on demand: here once, on load.
+    joined     q, k and v read the same input: one matrix below the other, one product. So do the
+               MLP's gate and up.
+    folded     Bias, activation and residual are worked in while a result is in the cache, by the
+               product itself (oneDNN's "post-ops").
+    attention  Of one query, the heads that share a key head become the rows of one product, never
+               fewer than two: torch's kernel takes up to five times as long in bfloat16. (Many
+               queries are attention.py's.)
+    masks      None where nothing is hidden.
+
+`prepare` is the one call. A prepared model only answers: it is neither trained nor saved. Read
+llama.py and vit.py first; each class here has its twin there, and tests/test_fast.py compares them.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from attention import attend, query_tiles
+from llama import KVCache, LLaMA, LLaMAConfig, rope_tables, visible_keys
+from quantize import HEAD_BITS, QuantizedLinear
+from vit import ViT, ViTConfig
+
+
+def can_pack(dtype) -> bool:
+    """Are oneDNN's packed products here? They are private to torch (seen in 2.13)."""
+    names = "_reorder_linear_weight", "_linear_pointwise"
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # Intel's own library is faster in float32 on Intel's CPUs, and half as fast on AMD's. Of the
+    # two machines that this was measured on, the Intel one has AMX.
+    return dtype == torch.float32 and not torch.cpu._is_amx_tile_supported()
+
+
+def multiplies_bfloat16() -> bool:
+    """Has this CPU products of bfloat16 (AVX512-BF16, AMX)? Then they take half of float32's time.
+
+    Where it has not, bfloat16 halves the memory and nothing else.
+    """
+    cpu = torch.cpu
+    return cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported()
+
+
+class Product(nn.Module):
+    """x W^T + b with W packed: float[..., D] -> float[..., F]; then SiLU, or a residual added.
+
+    linears: nn.Linear of the same input; their outputs stand side by side
+    rows:    how many rows x has as a rule; the packed order depends on it
+    """
+
+    def __init__(self, *linears, rows: int = 1):
+        super().__init__()
+        weights, biases = [x.weight.data for x in linears], [x.bias for x in linears]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        self.bias = None if biases[0] is None else torch.cat(biases).detach()
+        self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
+        if self.packed:
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self.weight = weight
+
+    def forward(self, x, silu: bool = False, plus=None):
+        if not self.packed:
+            x = F.linear(x, self.weight, self.bias)
+            x = F.silu(x) if silu else x
+            return x if plus is None else x + plus
+        product = torch.ops.mkldnn._linear_pointwise
+        if plus is not None:
+            return product.binary(x, plus, self.weight, self.bias, "add")
+        return product(x, self.weight, self.bias, "swish" if silu else "none", [], "")
+
+
+def product(*linears):
+    """One layer that does the work of several, in the form that their weights are in."""
+    if isinstance(linears[0], QuantizedLinear):
+        return QuantizedLinear.joined(linears)
+    return Product(*linears)
+
+
+class DecoderBlock(nn.Module):
+    """llama.Block with four products for seven."""
+
+    def __init__(self, block, config: LLaMAConfig):
+        super().__init__()
+        attention, mlp = block.self_attn, block.mlp
+        self.config, self.layer = config, attention.layer
+        self.norm_1 = block.input_layernorm.weight
+        self.norm_2 = block.post_attention_layernorm.weight
+        self.qkv = product(attention.q_proj, attention.k_proj, attention.v_proj)
+        self.o = product(attention.o_proj)
+        self.gate_up = product(mlp.gate_proj, mlp.up_proj)
+        self.down = product(mlp.down_proj)
+
+    def forward(self, x, rope, tiles, cache):
+        x = self.o(self.attention(self.norm(x, self.norm_1), rope, tiles, cache), plus=x)
+        gate, up = self.gate_up(self.norm(x, self.norm_2)).chunk(2, -1)
+        return self.down(F.silu(gate).mul_(up), plus=x)
+
+    def norm(self, x, weight):
+        return F.rms_norm(x, weight.shape, weight, self.config.norm_eps)
+
+    def attention(self, x, rope, tiles, cache):
+        (B, T, _), c = x.shape, self.config
+        heads = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H+2K, T, Dh)
+        qk, v = heads.split([c.n_heads + c.n_kv_heads, c.n_kv_heads], dim=1)
+        # llama.apply_rope; the sines carry the sign of the half that is turned in.
+        qk = torch.addcmul(qk * rope[0], qk.roll(c.head_dim // 2, -1), rope[1])
+        q, k = qk.split([c.n_heads, c.n_kv_heads], dim=1)
+        if cache is not None:
+            past = cache.length
+            keys, values = cache.update(self.layer, k, v)  # (B, K, S, Dh)
+            if past:  # else the prompt's own, which need not be in the type of the cache
+                k, v = keys, values
+        if T == 1:  # the queries of a key head are the rows of one product
+            q = q.reshape(B, c.n_kv_heads, -1, c.head_dim).to(k.dtype)  # (B, K, H/K, Dh)
+            if q.shape[2] == 1:  # a lone row, in bfloat16, takes twice as long as two
+                q = q.expand(-1, -1, 2, -1)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=tiles and tiles[0][2])
+            y = y[:, :, : c.n_heads // c.n_kv_heads]
+        else:
+            y = attend(q, k.to(q.dtype), v.to(q.dtype), tiles)
+            y = y.transpose(1, 2)  # (B, T, H, Dh)
+        return y.reshape(B, T, -1).to(x.dtype)  # (B, T, H * Dh)
+
+
+class Decoder(LLaMA):
+    """llama.LLaMA, made from one; the same arguments, the same logits."""
+
+    def __init__(self, llama: LLaMA):
+        nn.Module.__init__(self)
+        llama.requires_grad_(False)
+        self.config, self.norm, self.embed_tokens = llama.config, llama.norm, llama.embed_tokens
+        self.layers = llama.layers
+        for i, block in enumerate(self.layers):  # one by one, so that the old ones are freed
+            self.layers[i] = DecoderBlock(block, self.config)
+        if not self.config.tied_embeddings:
+            self.out = product(llama.lm_head)
+        elif isinstance(self.layers[0].down, QuantizedLinear):
+            self.out = QuantizedLinear(self.embed_tokens.weight, HEAD_BITS)
+            self.out.pack()
+        else:  # packed, the table would be in memory twice
+            self.out = lambda hidden: F.linear(hidden, self.embed_tokens.weight)
+
+    def hidden(self, token_ids=None, embeds=None, mask=None, cache=None):
+        """As in LLaMA."""
+        x = self.embed_tokens(token_ids) if embeds is None else embeds
+        B, T, _ = x.shape
+        past = cache.length if cache is not None else 0
+        if mask is not None and mask.shape != (B, past + T):
+            raise ValueError(f"expected mask int[{B}, {past + T}], got {list(mask.shape)}")
+        if T == 1 and (mask is None or bool((mask == 1).all())):
+            tiles = None  # nothing is hidden
+            positions = torch.full((1, 1), past, device=x.device)
+        else:
+            mask = mask if mask is not None else x.new_ones(B, past + T, dtype=torch.long)
+            visible = visible_keys(mask, T)  # (B, T, S)
+            positions = visible.sum(-1) - 1  # (B, T)
+            tiles = query_tiles(visible)
+        cos, sin = rope_tables(positions, self.config, x.dtype)  # (B, 1, T, Dh)
+        sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
+        for block in self.layers:
+            x = block(x, (cos, sin), tiles, cache)
+        if cache is not None:
+            cache.length += T
+        return self.layers[0].norm(x, self.norm.weight)
+
+    def head(self, hidden):
+        """Logits over the vocabulary: float[..., D] -> float[..., V]."""
+        return self.out(hidden)
+
+
+class TowerBlock(nn.Module):
+    """vit.Block with four products for six."""
+
+    def __init__(self, block, config: ViTConfig):
+        super().__init__()
+        attention, rows = block.self_attn, config.n_patches + 1
+        self.n_heads = config.n_heads
+        self.norm_1, self.norm_2 = block.layer_norm1, block.layer_norm2
+        self.qkv = Product(attention.q_proj, attention.k_proj, attention.v_proj, rows=rows)
+        self.out = Product(attention.out_proj, rows=rows)
+        self.quick = config.activation == "quick_gelu"
+        fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+        if self.quick:  # quick_gelu(x) = silu(1.702 x) / 1.702: into the weights on either side
+            fc1.weight.data *= 1.702
+            fc1.bias.data *= 1.702
+            fc2.weight.data /= 1.702
+        self.fc1, self.fc2 = Product(fc1, rows=rows), Product(fc2, rows=rows)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        heads = self.qkv(self.norm_1(x)).view(B, N, 3, self.n_heads, -1)
+        q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, Dh)
+        x = self.out(attend(q, k, v).transpose(1, 2).reshape(B, N, D), plus=x)
+        y = self.fc1(self.norm_2(x), silu=self.quick)
+        return self.fc2(y if self.quick else F.gelu(y), plus=x)
+
+
+class Tower(ViT):
+    """vit.ViT, made from one; the same arguments, the same features."""
+
+    def __init__(self, vit: ViT):
+        nn.Module.__init__(self)
+        vit.requires_grad_(False)
+        self.config, self.embeddings = vit.config, vit.embeddings
+        self.pre_layernorm, self.post_layernorm = vit.pre_layernorm, vit.post_layernorm
+        self.layers = vit.layers
+        for i, block in enumerate(self.layers):
+            self.layers[i] = TowerBlock(block, self.config)
+
+
+def prepare(model):
+    """Rearrange a LLaVA on a CPU in place, block by block: memory peaks at one block more.
+
+    On another device nothing but a quantised decoder is touched.
+    """
+    on_cpu = model.projector[0].weight.device.type == "cpu"
+    if on_cpu:
+        model.vision_tower = Tower(model.vision_tower)
+    if on_cpu or isinstance(model.language_model.layers[0].mlp.down_proj, QuantizedLinear):
+        model.language_model = Decoder(model.language_model)
+    return model
+
+
+def main():
+    """Print a small decoder's time for a token, as llama.py has it and laid out."""
+    import copy
+    import time
+
+    config = LLaMAConfig(1000, dim=512, mlp_dim=1376, n_layers=8, n_heads=8, n_kv_heads=4)
+    tokens = torch.arange(100)[None]
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            plain = LLaMA(config).eval().to(dtype)
+            said = []
+            for model in (plain, Decoder(copy.deepcopy(plain))):
+                cache = KVCache(config, 1, 200, dtype, "cpu")
+                logits = model(tokens, cache=cache)
+                started = time.perf_counter()
+                for _ in range(50):
+                    model(tokens[:, :1], cache=cache)
+                said.append((1e3 * (time.perf_counter() - started) / 50, logits))
+            (slow, logits), (quick, same) = said
+            error = (logits - same).abs().max() / logits.abs().max()
+            print(
+                f"{dtype}: {slow:.1f} ms a token, laid out {quick:.1f}, logits off by {error:.0e}"
+            )
+
+
+if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    main()

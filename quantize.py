@@ -1,0 +1,152 @@
+"""Weights in 8 or 4 bits: a token reads a half or a quarter of the bytes, and 7B fits a laptop.
+
+Only what is read at every token shrinks: the decoder's matrices. Embeddings, norms, the tower and
+all arithmetic stay as they are ("weight-only"). A weight becomes a small whole number q:
+
+    int8    w = q * scale             one scale per row (output channel), q in -127 .. 127
+    int4    w = (q - 8) * scale + mid  a scale and a middle per 128 weights of a row, q in 0 .. 15
+
+Both simply round to the nearest number, without any data to calibrate on (LLM.int8(), arXiv
+2208.07339, section 2, has the arithmetic). The head, which names the next token, keeps 8 bits.
+
+On a CPU torch's own kernels read these weights; everywhere else, and without the kernels, a matrix
+is spelled out before each product, which saves memory and no time. benchmarks/generate.json has
+what the rounding costs, and fast.py arranges the rest of a model for a CPU.
+"""
+
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+GROUP = 128  # weights that share a scale in int4; 64 or 32 where a row is no multiple
+HEAD_BITS = 8
+FEW_ROWS = 16  # up to here torch's int8 kernel is faster than spelling the matrix out
+MATRICES = r"language_model\.(lm_head|layers\.\d+\..*_proj)\.weight"
+KERNELS = {8: ["_weight_int8pack_mm"]}
+KERNELS[4] = ["_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"]
+
+
+def quantize(weight, bits: int):
+    """float[F, D] -> q int8[F, D] or uint8[F, D/2], scale and mid float[F, groups of D].
+
+    Two numbers of 4 bits share a byte, the even one in the lower half.
+    """
+    n_out, n_in = weight.shape
+    group = n_in if bits == 8 else group_size(n_in)
+    groups = weight.float().view(n_out, -1, group)
+    if bits == 8:
+        scale = groups.abs().amax(-1) / 127
+        mid = torch.zeros_like(scale)
+    else:
+        low, high = groups.aminmax(dim=-1)
+        scale = (high - low) / 15
+        mid = low + 8 * scale
+    # Rounded first as they will be stored, so that q makes up for it.
+    scale, mid = scale.clamp(min=1e-9).bfloat16(), mid.bfloat16()
+    q = ((groups - mid.float()[..., None]) / scale.float()[..., None]).round_()
+    if bits == 8:
+        return q.clamp_(-127, 127).to(torch.int8).view(n_out, n_in), scale, mid
+    q = q.add_(8).clamp_(0, 15).to(torch.uint8).view(n_out, n_in)
+    return q[:, ::2] | q[:, 1::2] << 4, scale, mid
+
+
+def dequantize(q, scale, mid, bits: int, dtype):
+    """The inverse of `quantize`, but for the rounding: -> [F, D]."""
+    if bits == 4:
+        q = torch.stack([q & 15, q >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+    groups = q.view(*scale.shape, -1).to(dtype)
+    return (groups * scale.to(dtype)[..., None] + mid.to(dtype)[..., None]).flatten(1)
+
+
+def group_size(n_in: int) -> int:
+    """How many weights share a scale in int4; 0 where no group fits into a row."""
+    return next((g for g in (GROUP, GROUP // 2, GROUP // 4) if n_in % g == 0), 0)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer without bias, its weight quantised: float[..., D] -> float[..., F]."""
+
+    def __init__(self, weight, bits: int):
+        super().__init__()
+        self.bits = bits if bits == 8 or group_size(weight.shape[1]) else 8
+        self.out_features, self.in_features = weight.shape
+        self.keep(*quantize(weight.detach(), self.bits))
+
+    def keep(self, q, scale, mid):
+        self.packed = False
+        for name, tensor in {"q": q, "scale": scale, "mid": mid}.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @classmethod
+    def joined(cls, layers) -> "QuantizedLinear":
+        """One layer that gives the outputs of several side by side, packed where that is possible.
+
+        Empties the layers: their memory is needed.
+        """
+        first = layers[0]
+        first.out_features = sum(layer.out_features for layer in layers)
+        first.keep(*(torch.cat([getattr(x, n) for x in layers]) for n in ("q", "scale", "mid")))
+        for layer in layers[1:]:
+            layer.keep(None, None, None)
+        first.pack()
+        return first
+
+    def pack(self):
+        """Lay the weights out for torch's kernels, private functions (seen in 2.13)."""
+        here = all(hasattr(torch.ops.aten, name) for name in KERNELS[self.bits])
+        # They read 16 numbers at a time, and beyond the end of a row that is no multiple.
+        fits = self.out_features % 16 == 0 and self.in_features % 32 == 0
+        self.packed = here and fits and self.q.device.type == "cpu"
+        if self.packed and self.bits == 4:
+            q = torch.stack([self.q & 15, self.q >> 4], dim=-1).flatten(1).to(torch.int32)
+            self.q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            self.scale = torch.stack([self.scale, self.mid], -1).transpose(0, 1).contiguous()
+            self.mid = None
+
+    def forward(self, x, plus=None):
+        rows = x.reshape(-1, self.in_features)
+        if self.packed and self.bits == 4:
+            group = self.in_features // len(self.scale)
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                rows.bfloat16(), self.q, group, self.scale
+            )  # in float32 these kernels are five times slower
+        elif self.packed and len(rows) <= FEW_ROWS:
+            y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.scale[:, 0])
+        elif self.bits == 8:
+            y = F.linear(rows, self.q.to(x.dtype)) * self.scale[:, 0].to(x.dtype)
+        else:
+            y = F.linear(rows, dequantize(self.q, self.scale, self.mid, 4, x.dtype))
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        return y if plus is None else y + plus
+
+
+def taker(bits: int):
+    """For `checkpoint.build`: a function that puts the decoder's matrices in place, quantised."""
+
+    def take(module, name: str, tensor) -> bool:
+        if not re.fullmatch(MATRICES, name):
+            return False
+        bits_here = HEAD_BITS if "lm_head" in name else bits
+        module.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits_here))
+        return True
+
+    return take
+
+
+def main():
+    """Print what rounding does to a matrix of normal random numbers."""
+    weight = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+    for bits in (8, 4):
+        q, scale, mid = quantize(weight, bits)
+        n_bytes = sum(t.numel() * t.element_size() for t in (q, scale, mid))
+        error = (dequantize(q, scale, mid, bits, torch.float32) - weight).norm() / weight.norm()
+        print(f"int{bits}  {8 * n_bytes / weight.numel():5.2f} bits a weight, off by {error:.1%}")
+
+
+if __name__ == "__main__":
+    import argparse
+
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    main()
