@@ -253,7 +253,7 @@ def main():
             (slow, logits), (quick, same) = said
             error = (logits - same).abs().max() / logits.abs().max()
             print(
-                f"{dtype}: {slow:.1f} ms a token, laid out {quick:.1f}, logits off by {error:.0e}"
+                f"{dtype}: {slow:.1f} ms a token, laid out {quick:.1f}, logits {error:.0e}"
             )
 
 
