@@ -252,9 +252,7 @@ def main():
                 said.append((1e3 * (time.perf_counter() - started) / 50, logits))
             (slow, logits), (quick, same) = said
             error = (logits - same).abs().max() / logits.abs().max()
-            print(
-                f"{dtype}: {slow:.1f} ms a token, laid out {quick:.1f}, logits {error:.0e}"
-            )
+            print(f"{dtype}: {slow:.1f} ms a token, laid out {quick:.1f}, logits {error:.0e}")
 
 
 if __name__ == "__main__":

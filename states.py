@@ -83,7 +83,7 @@ class Saver:
             if self.rank == 0:
                 (work / "notes.json").write_text(json.dumps(notes))
             if self.background:
-                self.barrier()  # all that this process group did not write is there
+                self.barrier()  # every process has written its random state
                 done = dcp.async_save(tensors, process_group=self.group, **how)
                 self.writing = target, done
             else:

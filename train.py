@@ -404,7 +404,8 @@ def train(stage: int, resume: bool, recipe: Recipe, export_only: bool = False):
                 last_shown = time.time()
                 left = clock((total - done) * seconds / (done - start))
                 say(
-                    f"step {done}/{total}  loss {loss:.4f}  norm {norm:.2f}"
+                    f"step {done}/{total}  loss {loss:.4f}  norm {norm:.2f}  "
+                    f"rate {recipe.lr * rate:.1e}"
                     + (f"  held out {measured:.4f}" if measured is not None else "")
                     + ("  a spike, not followed" if spiked else "")
                     + f"  {n_seen / seconds:.1f} samples/s  {n_tokens / seconds:.0f} tokens/s  "
