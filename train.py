@@ -184,7 +184,7 @@ def train(stage: int, resume: bool, recipe: Recipe, export_only: bool = False):
     model.language_model.recompute, kernels.backend = recipe.recompute, recipe.attention
     if recipe.compile:
         for block in [*model.language_model.layers, *model.vision_tower.layers]:
-            block.compile(dynamic=True)
+            block.compile()
     if recipe.after_control != "auto":
         model.tokenizer.after_control = recipe.after_control
 
