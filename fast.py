@@ -13,7 +13,6 @@ is computed differently here but for the order of a sum; what changes is how the
     attention  Of one query, the heads that share a key head become the rows of one product, never
                fewer than two: torch's kernel takes up to five times as long in bfloat16. (Many
                queries are attention.py's.)
-    masks      None where nothing is hidden.
 
 `prepare` is the one call. A prepared model only answers: it is neither trained nor saved. Read
 llama.py and vit.py first; each class here has its twin there, and tests/test_fast.py compares them.
@@ -23,8 +22,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import attend, query_tiles
-from llama import KVCache, LLaMA, LLaMAConfig, rope_tables, visible_keys
+from attention import attend
+from llama import KVCache, LLaMA, LLaMAConfig, rope_tables
 from quantize import HEAD_BITS, QuantizedLinear
 from vit import ViT, ViTConfig
 
@@ -128,7 +127,7 @@ class DecoderBlock(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=tiles and tiles[0][2])
             y = y[:, :, : c.n_heads // c.n_kv_heads]
         else:
-            y = attend(q, k.to(q.dtype), v.to(q.dtype), tiles)
+            y = attend(q, k.to(q.dtype), v.to(q.dtype), tiles, causal=True)
             y = y.transpose(1, 2)  # (B, T, H, Dh)
         return y.reshape(B, T, -1).to(x.dtype)  # (B, T, H * Dh)
 
@@ -154,24 +153,13 @@ class Decoder(LLaMA):
     def hidden(self, token_ids=None, embeds=None, mask=None, cache=None):
         """As in LLaMA."""
         x = self.embed_tokens(token_ids) if embeds is None else embeds
-        B, T, _ = x.shape
-        past = cache.length if cache is not None else 0
-        if mask is not None and mask.shape != (B, past + T):
-            raise ValueError(f"expected mask int[{B}, {past + T}], got {list(mask.shape)}")
-        if T == 1 and (mask is None or bool((mask == 1).all())):
-            tiles = None  # nothing is hidden
-            positions = torch.full((1, 1), past, device=x.device)
-        else:
-            mask = mask if mask is not None else x.new_ones(B, past + T, dtype=torch.long)
-            visible = visible_keys(mask, T)  # (B, T, S)
-            positions = visible.sum(-1) - 1  # (B, T)
-            tiles = query_tiles(visible)
+        tiles, positions = self.who_sees_whom(x, mask, cache)
         cos, sin = rope_tables(positions, self.config, x.dtype)  # (B, 1, T, Dh)
         sin = torch.cat([-sin[..., : sin.shape[-1] // 2], sin[..., sin.shape[-1] // 2 :]], -1)
         for block in self.layers:
             x = block(x, (cos, sin), tiles, cache)
         if cache is not None:
-            cache.length += T
+            cache.length += x.shape[1]
         return self.layers[0].norm(x, self.norm.weight)
 
     def head(self, hidden):

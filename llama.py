@@ -265,27 +265,7 @@ class LLaMA(nn.Module):
         x = self.embed_tokens(token_ids) if embeds is None else embeds
         if torch.is_autocast_enabled(x.device.type):  # between blocks too, as under FSDP
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        B, T, _ = x.shape
-        n_past = cache.length if cache is not None else 0
-        fused = kernels.fused(x, self.config.head_dim)
-        if mask is None and (fused or n_past == 0 and x.device.type != "cpu"):
-            tiles = None  # plain causal attention, for which fast kernels exist
-            positions = torch.arange(n_past, n_past + T, device=x.device)[None]  # (1, T)
-        else:
-            if mask is None:
-                mask = torch.ones(B, n_past + T, dtype=torch.long, device=x.device)
-            if mask.shape != (B, n_past + T):
-                raise ValueError(
-                    f"expected mask int[{B}, {n_past + T}] ({n_past} cached + {T} new tokens), "
-                    f"got {list(mask.shape)}"
-                )
-            if fused:  # the same rule in O(S) memory
-                tiles, positions = kernels.documents(mask)  # (B, 2, S), (B, S)
-                positions = positions[:, n_past:]  # (B, T)
-            else:
-                visible = visible_keys(mask, T)  # (B, T, S)
-                positions = visible.sum(-1) - 1  # (B, T)
-                tiles = query_tiles(visible)
+        tiles, positions = self.who_sees_whom(x, mask, cache)
         rope = rope_tables(positions, self.config, x.dtype)
         for block in self.layers:
             if self.recompute == "none" or not self.training:
@@ -293,8 +273,30 @@ class LLaMA(nn.Module):
             else:
                 x = recomputed(block, x, rope, tiles, cache, everything=self.recompute == "full")
         if cache is not None:
-            cache.length += T
+            cache.length += x.shape[1]
         return self.norm(x)
+
+    def who_sees_whom(self, x, mask=None, cache: KVCache | None = None):
+        """The mask rule, as `attend` takes it, and positions int[B, T] of the new tokens x.
+
+        Nothing (None) where each token sees all before it: for that there are fast kernels.
+        """
+        (B, T, _), n_past = x.shape, cache.length if cache is not None else 0
+        fused = kernels.fused(x, self.config.head_dim)
+        if mask is None and (fused or T == 1 or n_past == 0 and x.device.type != "cpu"):
+            return None, torch.arange(n_past, n_past + T, device=x.device)[None]  # (1, T)
+        if mask is None:
+            mask = torch.ones(B, n_past + T, dtype=torch.long, device=x.device)
+        if mask.shape != (B, n_past + T):
+            raise ValueError(
+                f"expected mask int[{B}, {n_past + T}] ({n_past} cached + {T} new tokens), "
+                f"got {list(mask.shape)}"
+            )
+        if fused:  # the same rule in O(S) memory
+            documents, positions = kernels.documents(mask)  # (B, 2, S), (B, S)
+            return documents, positions[:, n_past:]
+        visible = visible_keys(mask, T)  # (B, T, S)
+        return query_tiles(visible), visible.sum(-1) - 1
 
     def head(self, hidden):
         """Logits over the vocabulary: float[..., D] -> float[..., V]."""

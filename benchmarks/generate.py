@@ -97,21 +97,21 @@ class Ours:
     def answer(self, n: int, pixels=None):
         """Greedy tokens, as generate.py makes them, and the time of each."""
         if self.case == "text":
-            embeds, mask = self.decoder.embed_tokens(self.ids), torch.ones_like(self.ids)
+            embeds = self.decoder.embed_tokens(self.ids)
         else:
-            embeds, _, mask = self.model.embed(self.ids, [pixels], pad_left=True)
-        return continue_greedily(self.decoder, embeds, mask, n)
+            embeds, _, _ = self.model.embed(self.ids, [pixels])
+        return continue_greedily(self.decoder, embeds, n)
 
     @torch.inference_mode()
     def see(self, pixels):
         return self.model.vision_tower(pixels.to(self.dtype), -2)
 
 
-def continue_greedily(decoder, embeds, mask, n: int):
+def continue_greedily(decoder, embeds, n: int):
     from llama import KVCache
 
     cache = KVCache(decoder.config, 1, embeds.shape[1] + n, embeds.dtype, "cpu")
-    hidden = decoder.hidden(embeds=embeds, mask=mask, cache=cache)
+    hidden = decoder.hidden(embeds=embeds, cache=cache)
     tokens, times = [], []
     while True:
         token = decoder.head(hidden[:, -1]).argmax(-1)
@@ -119,8 +119,7 @@ def continue_greedily(decoder, embeds, mask, n: int):
         times.append(time.perf_counter())
         if len(tokens) == n:
             return tokens, times
-        mask = torch.cat([mask, mask.new_ones(1, 1)], dim=1)
-        hidden = decoder.hidden(token[:, None], mask=mask, cache=cache)
+        hidden = decoder.hidden(token[:, None], cache=cache)
 
 
 class Theirs:
@@ -322,7 +321,7 @@ def speed(rounds: int) -> dict:
         vocab_size=32000, dim=2048, mlp_dim=5632, n_layers=22, n_heads=32, n_kv_heads=4
     )
     memory_block = torch.ones(2**28)  # 1 GiB
-    embeds, mask = torch.randn(1, 64, 2048).bfloat16(), torch.ones(1, 64, dtype=torch.long)
+    embeds = torch.randn(1, 64, 2048).bfloat16()
     result = {}
     for name, quantize, bits in (("bf16", None, 16), ("int8", 8, 8), ("int4", 4, 4.25)):
         decoder = random_decoder(config, quantize)
@@ -334,7 +333,7 @@ def speed(rounds: int) -> dict:
                 memory_block.sum()
                 reads.append(time.perf_counter() - started)
             bandwidth = 2**30 / min(reads)
-            _, times = continue_greedily(decoder, embeds, mask, 32)
+            _, times = continue_greedily(decoder, embeds, 32)
             steps = sorted(b - a for a, b in zip(times, times[1:], strict=False))
             rate = 1 / steps[len(steps) // 10]
             share = rate * n_bytes_read(config, bits) / bandwidth
@@ -366,9 +365,8 @@ def seven(n_prompt: int = 64, n_new: int = 8) -> dict:
     words = model.encode_images([torch.randn(1, 3, 336, 336)])[0][None]
     seen = time.perf_counter()
     embeds = words[:, :n_prompt]  # a whole picture is 576; the rate is what matters
-    mask = torch.ones(embeds.shape[:2], dtype=torch.long)
     begun = time.perf_counter()
-    _, times = continue_greedily(model.language_model, embeds, mask, n_new)
+    _, times = continue_greedily(model.language_model, embeds, n_new)
     steps = sorted(end - start for start, end in zip(times, times[1:], strict=False))
     return {
         "picture, s": round(seen - started, 2),
