@@ -159,6 +159,32 @@ def read_keys(
 
 
 @triton.jit
+def attend_tile(
+    q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole, end, S, scale,
+    HEAD: tl.constexpr, CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out float[BLOCK_M, BLOCK_D] and lse of a tile of queries over the keys in [begin, end).
+
+    The keys in [begin, whole) are seen by every query of the tile.
+    """
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if not DOCUMENTS:
+        acc, total, m = read_keys(
+            acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole,
+            S, scale, HEAD, CAUSAL, DOCUMENTS, False, PRECISION, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+    acc, total, m = read_keys(
+        acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
+        S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    total = tl.where(total == 0.0, 1.0, total)  # who sees nothing gets 0 / 1, and lse = -inf
+    return acc / total[:, None], m + tl.log2(total)
+
+
+@triton.jit
 def key_range(row, p, name_p, T, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
               CAUSAL: tl.constexpr, DOCUMENTS: tl.constexpr):  # fmt: skip
     """Keys that the queries [row, row + BLOCK_M) need: begin, end, and where comparing begins.
@@ -197,22 +223,12 @@ def forward_kernel(
     names = DOCS + b.to(tl.int64) * 2 * S if DOCUMENTS else DOCS
     name_p = names_of(names, p, S) if DOCUMENTS else p
     begin, whole, end = key_range(row, p, name_p, T, S, BLOCK_M, BLOCK_N, CAUSAL, DOCUMENTS)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if not DOCUMENTS:
-        acc, total, m = read_keys(
-            acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole,
-            S, scale, HEAD, CAUSAL, DOCUMENTS, False, PRECISION, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    acc, total, m = read_keys(
-        acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
-        S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
+    out, lse = attend_tile(
+        q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole, end, S, scale,
+        HEAD, CAUSAL, DOCUMENTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    total = tl.where(total == 0.0, 1.0, total)  # who sees nothing gets 0 / 1, and lse = -inf
-    acc = acc / total[:, None]
-    write_tile(OUT, out_strides, b, h, row, T, acc, HEAD)
-    tl.store(LSE + (b * H + h).to(tl.int64) * T + t, m + tl.log2(total), mask=t < T)
+    write_tile(OUT, out_strides, b, h, row, T, out, HEAD)
+    tl.store(LSE + (b * H + h).to(tl.int64) * T + t, lse, mask=t < T)
 
 
 # Decoding: few queries, many keys. One program per head would leave most of the GPU without work,
@@ -244,24 +260,14 @@ def split_kernel(
     if not DOCUMENTS:
         whole = min(end, S - T + 1 if CAUSAL else S)
         whole = begin + max(whole - begin, 0) // BLOCK_N * BLOCK_N
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    if not DOCUMENTS:
-        acc, total, m = read_keys(
-            acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole,
-            S, scale, HEAD, CAUSAL, DOCUMENTS, False, PRECISION, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
-    acc, total, m = read_keys(
-        acc, total, m, q, p, name_p, k_head, k_strides, v_head, v_strides, names, whole, end,
-        S, scale, HEAD, CAUSAL, DOCUMENTS, True, PRECISION, BLOCK_N, BLOCK_D,
+    out, lse = attend_tile(
+        q, p, name_p, k_head, k_strides, v_head, v_strides, names, begin, whole, end, S, scale,
+        HEAD, CAUSAL, DOCUMENTS, PRECISION, BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
-    total = tl.where(total == 0.0, 1.0, total)  # who sees nothing gets 0 / 1, and lse = -inf
-    acc = acc / total[:, None]
     n_heads = tl.num_programs(0) // n_parts // n_tiles  # B * K
     row = (i * n_heads + head).to(tl.int64) * (G * T) + rows
-    tl.store(PARTS + row[:, None] * HEAD + cols[None, :], acc, mask=exist)
-    tl.store(LSE + row, m + tl.log2(total), mask=rows < G * T)
+    tl.store(PARTS + row[:, None] * HEAD + cols[None, :], out, mask=exist)
+    tl.store(LSE + row, lse, mask=rows < G * T)
 
 
 @triton.jit(do_not_specialize=["H", "T", "n_parts"])
@@ -601,17 +607,9 @@ def backward(
         cut = tiles("backward_queries", q)
         n_programs = B * H * triton.cdiv(T, cut["BLOCK_M"])
         delta_kernel[(n_programs,)](
-            out,
-            dout,
-            delta,
-            out.stride(),
-            dout.stride(),
-            H,
-            T,
-            head,
-            cut["BLOCK_M"],
-            cut["BLOCK_D"],
-        )
+            out, dout, delta, out.stride(), dout.stride(), H, T,
+            HEAD=head, BLOCK_M=cut["BLOCK_M"], BLOCK_D=cut["BLOCK_D"],
+        )  # fmt: skip
         backward_queries_kernel[(n_programs,)](
             q, k, v, dout, dq, lse, delta, documents, *tensors, dq.stride(), *sizes, **mask, **cut
         )
