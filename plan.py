@@ -199,14 +199,21 @@ def traffic_gb(sizes: Sizes, recipe: Recipe, gpus: int, shard: int) -> tuple[flo
     return inside / 1e9, between / 1e9
 
 
+def on_each(
+    config, recipe: Recipe, sizes: Sizes, gpus: int, tokens: float
+) -> tuple[int, int, dict]:
+    """Of one of so many GPUs: samples at a time, those that share a copy, GB of memory by kind."""
+    shard = min(gpus, recipe.shard or gpus)
+    micro = recipe.micro_batch or max(1, recipe.batch // gpus)
+    return micro, shard, memory_gb(config, recipe, sizes, shard, micro * tokens)
+
+
 def expected(config, recipe: Recipe, processes: int, words: float) -> str:
     """One line before a run: `words` are those of a mean sample, or tokens of a packed row."""
     tokens = words
     if recipe.batching != "packed":
         tokens = 1.3 * words + config.n_visual((640, 480))  # a word is about 1.3 tokens
-    shard = recipe.shard or processes
-    micro = recipe.micro_batch or max(1, recipe.batch // processes)
-    kinds = memory_gb(config, recipe, sizes_of(config, recipe), shard, micro * tokens)
+    _, _, kinds = on_each(config, recipe, sizes_of(config, recipe), processes, tokens)
     total = sum(kinds.values())
     return f"about {recipe.batch * tokens:,.0f} tokens a step; {total:.1f} GB on a GPU (plan.py)"
 
@@ -236,9 +243,7 @@ def show(name: str, recipe: Recipe, stage: int, stage1: Recipe, args):
     if hours := OFFICIAL_HOURS.get((name, stage)):
         mfu = total / (8 * 312e12 * hours * 3600)
         print(f"the original took {hours} h on 8 A100, an MFU of {mfu:.0%}")
-    shard = recipe.shard or args.gpus
-    micro = recipe.micro_batch or max(1, recipe.batch // args.gpus)
-    kinds = memory_gb(config, recipe, sizes, shard, micro * tokens)
+    micro, _, kinds = on_each(config, recipe, sizes, args.gpus, tokens)
     print(f"\nmemory of one of {args.gpus} {args.gpu}, {micro} samples at a time, ", end="")
     print(f"--recompute {recipe.recompute}:")
     for kind, gb in kinds.items():
@@ -249,9 +254,8 @@ def show(name: str, recipe: Recipe, stage: int, stage1: Recipe, args):
     print(f"\nat an MFU of {args.mfu:.0%} of {peak} TFLOP/s:")
     print("   GPUs   hours  GPU-hours  memory GB  sent in a step: in a shard, between copies")
     for gpus in sorted({1, 8, 32, 128, 1024, args.gpus}):
-        shard = min(gpus, recipe.shard or gpus)
-        micro = recipe.micro_batch or max(1, recipe.batch // gpus)
-        gb = sum(memory_gb(config, recipe, sizes, shard, micro * tokens).values())
+        _, shard, kinds = on_each(config, recipe, sizes, gpus, tokens)
+        gb = sum(kinds.values())
         hours = total / (gpus * peak * 1e12 * args.mfu) / 3600
         inside, between = traffic_gb(sizes, recipe, gpus, shard)
         note = "" if gb <= memory else "  too much"

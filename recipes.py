@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import batches
+import kernels
 
 TINY = Path(__file__).parent / "tiny"
 DTYPES = ("bf16", "fp16", "fp32")
@@ -27,7 +28,7 @@ CHOICES = {
     "dtype": ("auto", "bf16", "fp32"),
     "save_dtype": DTYPES,
     "recompute": ("none", "selective", "full"),
-    "attention": ("auto", "kernel", "sdpa"),
+    "attention": kernels.BACKENDS,
 }
 
 
@@ -77,7 +78,7 @@ class Recipe:
     # with what
     dtype: str = flag("auto", "compute type: bf16, fp32; auto: bf16 where the hardware has it")
     recompute: str = flag("none", "what backward computes again: none, selective, full")
-    attention: str = flag("auto", "by our kernel or torch's SDPA; auto: the kernel where it can")
+    attention: str = flag("auto", kernels.HELP)
     compile: bool = flag(False, "torch.compile each block")
     shard: int = flag(0, "processes that share one copy of the model (HSDP); 0: all")
     workers: int = flag(0, "processes that load and decode pictures")

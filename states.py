@@ -27,18 +27,10 @@ from torch.distributed.checkpoint import state_dict as dcp_state
 from recipes import Recipe
 
 # What may differ when a run is resumed: it changes no batch and no gradient, but for rounding.
-FREE = {"out", "save_every", "keep", "workers", "shard", "recompute", "compile", "micro_batch"}
-FREE |= {
-    "attention",
-    "timeout",
-    "save_in_background",
-    "watch",
-    "eval_data",
-    "eval_every",
-    "save_dtype",
-    "max_bad",
-    "on_bad",
-}
+FREE = set(
+    "out save_every keep save_in_background save_dtype eval_data eval_every watch workers timeout "
+    "max_bad on_bad shard recompute compile attention micro_batch".split()
+)
 
 
 def newest(out: Path) -> Path | None:

@@ -258,10 +258,7 @@ def train(stage: int, resume: bool, recipe: Recipe, export_only: bool = False):
         export(model, recipe, stage, image_config)
         if rank == 0:
             say(f"exported the state of step {start} to {out}")
-        if parallel:
-            dist.barrier()
-            dist.destroy_process_group()
-        return
+        return leave()
 
     def notes_at(step: int) -> dict:
         return {"step": step, "lost": lost, "recipe": asdict(recipe), "processes": world}
@@ -430,7 +427,12 @@ def train(stage: int, resume: bool, recipe: Recipe, export_only: bool = False):
             if any(lost):
                 say(f"skipped {lost[0]} records (skipped.txt) and cut {lost[1]} turns of long ones")
             say(f"saved {out}")
-    if parallel:
+    leave()
+
+
+def leave():
+    """Go when all processes go."""
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 

@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 
 import checkpoint
 import tokenizer
+import train
 from llama import LLaMA, LLaMAConfig
 from vit import ViT, ViTConfig
 
@@ -503,3 +505,33 @@ def test_the_model_of_the_last_state_is_exported_on_demand(start, stage1, tmp_pa
     before, after = (load_file(f / "model.safetensors") for f in (stage1, tmp_path))
     assert moved(before, after)
     assert sorted(tmp_path.glob("states/step-*[0-9]")) == states  # still there to go on from
+
+
+def test_a_run_is_watched_in_what_is_installed(monkeypatch, tmp_path):
+    shown = []
+    board = SimpleNamespace(add_scalar=lambda *scalar: shown.append(scalar))
+    run = SimpleNamespace(log=lambda row, step: shown.append((row, step)))
+    fakes = {
+        "torch.utils.tensorboard": SimpleNamespace(SummaryWriter=lambda folder: board),
+        "wandb": SimpleNamespace(init=lambda **how: run),
+    }
+    row = {"step": 7, "loss": 0.5, "spike": [[1]]}
+    for name, fake in fakes.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+        train.watcher(name.rpartition(".")[2], tmp_path, {})(row)
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+        with pytest.raises(ValueError, match=f"pip install {name.rpartition('.')[2]}"):
+            train.watcher(name.rpartition(".")[2], tmp_path, {})
+    assert shown == [("loss", 0.5, 7), (row, 7)]
+    with pytest.raises(ValueError, match="expected tensorboard or wandb"):
+        train.watcher("paper", tmp_path, {})
+
+
+def test_a_full_memory_says_which_knobs_there_are(monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train", full)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--stage", "2"])
+    with pytest.raises(SystemExit, match="--micro-batch, or --recompute full"):
+        train.main()
