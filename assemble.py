@@ -119,7 +119,7 @@ def fill(model: LLaVA, stored: dict, device: torch.device):
     """
     parameters = dict(model.named_parameters())
     shown = not dist.is_initialized() or dist.get_rank() == 0
-    files = checkpoint.watched(stored) if shown else stored.items()
+    files = checkpoint.watched(stored.items()) if shown else stored.items()
     state = {name: piece(file.read(), parameters[name], device) for name, file in files}
     for name, parameter in parameters.items():
         if name not in state:

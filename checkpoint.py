@@ -369,7 +369,7 @@ class NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(make, source: Checkpoint, part: str, dtype=None, device=None, take=None):
+def build(make, source: Checkpoint, part: str, dtype=None, device=None, take=None, mapped=False):
     """Make a module and fill it from a checkpoint, strictly; returned in eval mode.
 
     make:   a function without arguments that returns the module; it runs on the meta device, so
@@ -377,15 +377,19 @@ def build(make, source: Checkpoint, part: str, dtype=None, device=None, take=Non
     part:   "vision_tower" | "language_model" | "llava", what the module is
     dtype:  None: the smallest type that holds every stored value of the part exactly
     take:   take(module, name, tensor) puts a tensor in place in another form, or returns False
+    mapped: matrices of the layers and the head are left in the file, which must not change: for
+            fast.prepare, which makes its own copies
 
-    Each tensor is copied once, to where it stays: memory peaks at the model and one tensor more.
+    Each tensor is copied once, to where it stays: memory peaks at the model and little more.
     Raises CheckpointError naming the missing, unexpected and misshapen tensors together.
     """
     module, names = match(make, source, part)
     dtype = dtype or reduce(torch.promote_types, (stored.dtype for stored in names.values()))
     state = {}
-    for ours, stored in watched(names):
-        tensor = stored.read().to(device or "cpu", dtype, copy=True)
+    is_read = take or not mapped or any(stored.dtype != dtype for stored in names.values())
+    for ours, stored in watched(names.items()) if is_read else names.items():
+        stays = mapped and len(stored.shape) == 2 and re.search(r"\blayers\.|lm_head", ours)
+        tensor = stored.read().to(device or "cpu", dtype, copy=not stays)
         if take is None or not take(module, ours, tensor):
             state[ours] = tensor
     module.load_state_dict(state, assign=True)
@@ -423,19 +427,19 @@ def match(make, source: Checkpoint, part: str) -> tuple[torch.nn.Module, dict[st
     return module, {ours.removeprefix(prefix): stored for ours, stored in names.items()}
 
 
-def watched(names: dict[str, Stored]):
+def watched(items, doing="reading", n_bytes=lambda item: item[1].n_bytes):
     """The items, with a line of progress for whoever waits for gigabytes."""
-    total = sum(stored.n_bytes for stored in names.values())
+    sizes = [n_bytes(item) for item in items]
+    total, done = sum(sizes), 0
     started = shown = time.time()
-    done = 0
-    for ours, stored in names.items():
-        yield ours, stored
-        done += stored.n_bytes
+    for item, size in zip(items, sizes, strict=True):
+        yield item
+        done += size
         if total >= 1e9 and (time.time() - shown > 1 or done == total):
             shown = time.time()
             rate = done / (shown - started)
             end = "\n" if done == total else ""
-            line = f"reading {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s"
+            line = f"{doing} {done / 1e9:.1f} of {total / 1e9:.1f} GB, {rate / 1e9:.1f} GB/s"
             print(f"\r{line}, {(total - done) / rate:.0f} s left ", end=end, file=sys.stderr)
 
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import checkpoint
 from attention import attend
 from llama import KVCache, LLaMA, LLaMAConfig, rope_tables
 from quantize import HEAD_BITS, QuantizedLinear
@@ -61,12 +62,13 @@ class Product(nn.Module):
     def __init__(self, *linears, rows: int = 1):
         super().__init__()
         weights, biases = [x.weight.data for x in linears], [x.bias for x in linears]
-        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         self.bias = None if biases[0] is None else torch.cat(biases).detach()
-        self.packed = weight.device.type == "cpu" and can_pack(weight.dtype)
+        self.packed = weights[0].device.type == "cpu" and can_pack(weights[0].dtype)
         if self.packed:
-            weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        self.weight = weight
+            weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        else:
+            self.weight = torch.cat(weights)  # a copy in any case: they may lie in a file
 
     def forward(self, x, silu: bool = False, plus=None):
         if not self.packed:
@@ -140,8 +142,7 @@ class Decoder(LLaMA):
         llama.requires_grad_(False)
         self.config, self.norm, self.embed_tokens = llama.config, llama.norm, llama.embed_tokens
         self.layers = llama.layers
-        for i, block in enumerate(self.layers):  # one by one, so that the old ones are freed
-            self.layers[i] = DecoderBlock(block, self.config)
+        replace_blocks(self, DecoderBlock)
         if not self.config.tied_embeddings:
             self.out = product(llama.lm_head)
         elif isinstance(self.layers[0].down, QuantizedLinear):
@@ -179,10 +180,10 @@ class TowerBlock(nn.Module):
         self.out = Product(attention.out_proj, rows=rows)
         self.quick = config.activation == "quick_gelu"
         fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-        if self.quick:  # quick_gelu(x) = silu(1.702 x) / 1.702: into the weights on either side
-            fc1.weight.data *= 1.702
-            fc1.bias.data *= 1.702
-            fc2.weight.data /= 1.702
+        if self.quick:  # quick_gelu(x) = silu(1.702 x) / 1.702: into the layers on either side
+            for scaled in (self.norm_2.weight, self.norm_2.bias, fc1.bias):
+                scaled.data *= 1.702
+            fc2.weight.data = fc2.weight.data / 1.702
         self.fc1, self.fc2 = Product(fc1, rows=rows), Product(fc2, rows=rows)
 
     def forward(self, x):
@@ -203,8 +204,17 @@ class Tower(ViT):
         self.config, self.embeddings = vit.config, vit.embeddings
         self.pre_layernorm, self.post_layernorm = vit.pre_layernorm, vit.post_layernorm
         self.layers = vit.layers
-        for i, block in enumerate(self.layers):
-            self.layers[i] = TowerBlock(block, self.config)
+        replace_blocks(self, TowerBlock)
+
+
+def replace_blocks(part, twin: type):
+    """Lay the blocks out one by one, so that the old ones are freed."""
+
+    def n_bytes(i):
+        return sum(t.nbytes for t in (*part.layers[i].parameters(), *part.layers[i].buffers()))
+
+    for i in checkpoint.watched(range(len(part.layers)), "laying out", n_bytes):
+        part.layers[i] = twin(part.layers[i], part.config)
 
 
 def prepare(model):

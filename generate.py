@@ -19,6 +19,10 @@ from pathlib import Path
 
 import torch
 
+# Memory in pages of 2 MB where Linux has them: a model is in place sooner. torch asks for this when
+# it first makes a tensor.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import data
 import fast
 import image
@@ -159,8 +163,17 @@ def load(args) -> LLaVA:
     device, dtype = place(args.device, args.dtype, args.quantize)
     kernels.backend, path = args.attention, args.model or TINY
     bits = {None: None, "int8": 8, "int4": 4}[args.quantize]
-    model = LLaVA.from_pretrained(path, args.vision_tower, dtype, device, args.model_base, bits)
-    if args.attention != "kernel":
+    prepared = args.attention != "kernel"
+    model = LLaVA.from_pretrained(
+        path,
+        args.vision_tower,
+        dtype,
+        device,
+        args.model_base,
+        bits,
+        mapped=prepared and device == "cpu",
+    )
+    if prepared:
         fast.prepare(model)
     if model.tokenizer is None:
         raise ValueError(f"{path} has no tokenizer: expected tokenizer.model or tokenizer.json")

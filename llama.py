@@ -236,10 +236,11 @@ class LLaMA(nn.Module):
             self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     @classmethod
-    def from_pretrained(cls, path, dtype=None, device=None) -> "LLaMA":
+    def from_pretrained(cls, path, dtype=None, device=None, mapped=False) -> "LLaMA":
         """Load a Hugging Face LlamaForCausalLM folder.
 
-        `dtype` and `device` default to the stored type and the CPU. Raises ValueError with every
+        `dtype` and `device` default to the stored type and the CPU. `mapped`: leave large matrices
+        in the file, for fast.Decoder to copy. Raises ValueError with every
         missing, unexpected and misshapen tensor if the folder does not fit.
         """
         source = checkpoint.Checkpoint(path)
@@ -249,6 +250,7 @@ class LLaMA(nn.Module):
             "language_model",
             dtype,
             device,
+            mapped=mapped,
         )
 
     def forward(self, token_ids=None, embeds=None, mask=None, cache=None):

@@ -93,7 +93,14 @@ class LLaVA(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, path, vision_tower=None, dtype=None, device=None, base=None, quantize=None
+        cls,
+        path,
+        vision_tower=None,
+        dtype=None,
+        device=None,
+        base=None,
+        quantize=None,
+        mapped=False,
     ):
         """Load any official LLaVA, from a folder or by the Hugging Face id of a downloaded one.
 
@@ -101,12 +108,13 @@ class LLaVA(nn.Module):
         `dtype`, `device`: default to the stored type and the CPU.
         `base`: what a delta, a LoRA or a lone projector belongs to.
         `quantize`: 8 or 4, the bits to which the decoder's matrices are rounded as they are read.
+        `mapped`: leave large matrices in the file, for fast.prepare to copy.
         Raises ValueError naming all tensors that are missing, unexpected or misshapen.
         """
         source = checkpoint.Checkpoint(path, base, vision_tower)
         config = cls.read_config(source)
         take = quantized.taker(quantize) if quantize else None
-        model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device, take)
+        model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device, take, mapped)
         model.read_tokenizer(source)
         return model
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 GROUP = 128  # weights that share a scale in int4; 64 or 32 where a row is no multiple
 HEAD_BITS = 8
+CHUNK = 2**19  # weights that are rounded or laid out at a time: they fit the CPU's cache
 FEW_ROWS = 16  # up to here torch's int8 kernel is faster than spelling the matrix out
 MATRICES = r"language_model\.(lm_head|layers\.\d+\..*_proj)\.weight"
 KERNELS = {8: ["_weight_int8pack_mm"]}
@@ -33,6 +34,16 @@ def quantize(weight, bits: int):
 
     Two numbers of 4 bits share a byte, the even one in the lower half.
     """
+    parts = [quantize_rows(rows, bits) for rows in chunks(weight)]
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def chunks(matrix):
+    """A few rows at a time; 64, or multiples of it, as torch's kernels store them together."""
+    return matrix.split(max(64, CHUNK // matrix.shape[1] // 64 * 64))
+
+
+def quantize_rows(weight, bits: int):
     n_out, n_in = weight.shape
     group = n_in if bits == 8 else group_size(n_in)
     groups = weight.float().view(n_out, -1, group)
@@ -55,9 +66,14 @@ def quantize(weight, bits: int):
 def dequantize(q, scale, mid, bits: int, dtype):
     """The inverse of `quantize`, but for the rounding: -> [F, D]."""
     if bits == 4:
-        q = torch.stack([q & 15, q >> 4], dim=-1).flatten(1).to(torch.int8) - 8
+        q = halves(q).to(torch.int8) - 8
     groups = q.view(*scale.shape, -1).to(dtype)
     return (groups * scale.to(dtype)[..., None] + mid.to(dtype)[..., None]).flatten(1)
+
+
+def halves(q):
+    """uint8[F, D/2] -> uint8[F, D], 0 to 15: the two numbers of each byte, side by side."""
+    return torch.stack([q & 15, q >> 4], dim=-1).flatten(1)
 
 
 def group_size(n_in: int) -> int:
@@ -100,8 +116,8 @@ class QuantizedLinear(nn.Module):
         fits = self.out_features % 16 == 0 and self.in_features % 32 == 0
         self.packed = here and fits and self.q.device.type == "cpu"
         if self.packed and self.bits == 4:
-            q = torch.stack([self.q & 15, self.q >> 4], dim=-1).flatten(1).to(torch.int32)
-            self.q = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q, 1)
+            convert = torch.ops.aten._convert_weight_to_int4pack_for_cpu
+            self.q = torch.cat([convert(halves(q).int(), 1) for q in chunks(self.q)])
             self.scale = torch.stack([self.scale, self.mid], -1).transpose(0, 1).contiguous()
             self.mid = None
 

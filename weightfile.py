@@ -18,6 +18,7 @@ import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 MAX_PICKLE = 2**28  # bytes of names and shapes; LLaMA-70B has 0.1 MB
-MAX_MAPPED = 2**29  # bytes handed out before a file is mapped anew, see TorchFile
+MAX_MAPPED = {"safetensors": 2**25, "torch": 2**29}  # bytes; see `reader`
 # What a weight can be, in the words of safetensors; quantised formats are not among them.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -66,25 +67,37 @@ def open_weights(file: Path) -> dict[str, Stored]:
     except SafetensorError as error:
         raise damaged(file, f"no safetensors file, or cut short ({error})") from None
 
-    def reader(name):
-        # Opened anew each time: the pages of a mapping that stays open count as memory of this
-        # process, which would then seem to hold the model twice.
-        def read():
-            with safe_open(file, "pt") as opened:
-                return opened.get_tensor(name)
-
-        return read
-
+    read = reader(lambda: safe_open(file, "pt").get_tensor, MAX_MAPPED["safetensors"])
     return {
         name: Stored(
             file,
             name,
             part.get_shape(),
             DTYPES.get(part.get_dtype(), part.get_dtype()),
-            reader(name),
+            partial(read, name),
         )
         for name, part in slices.items()
     }
+
+
+def reader(mapped: Callable, limit: int) -> Callable[[str], torch.Tensor]:
+    """Tensors of a file by name, mapped: no byte is read before it is used.
+
+    mapped: maps the file and returns a function that gives its tensors
+    limit:  bytes handed out before the file is mapped anew. Pages that were read count as memory of
+            this process for as long as their mapping is used, so a mapping should not be all.
+    """
+    get, left = None, 0
+
+    def read(name):
+        nonlocal get, left
+        if left <= 0:
+            get, left = mapped(), limit
+        tensor = get(name)
+        left -= tensor.nbytes
+        return tensor
+
+    return read
 
 
 def damaged(file: Path, what) -> CheckpointError:
@@ -175,10 +188,10 @@ def open_zip(file: Path) -> dict[str, Stored]:
         raise damaged(file, f"a zip whose pickle has more than {MAX_PICKLE:,} bytes")
     if is_script:
         return open_script(file, root, entries)
-    opened = TorchFile(file)
+    read = reader(lambda: map_torch(file).__getitem__, MAX_MAPPED["torch"])
     return {
-        name: Stored(file, name, list(tensor.shape), kind(tensor.dtype), opened.reader(name))
-        for name, tensor in opened.tensors.items()
+        name: Stored(file, name, list(tensor.shape), kind(tensor.dtype), partial(read, name))
+        for name, tensor in map_torch(file).items()
     }
 
 
@@ -186,44 +199,23 @@ def kind(dtype: torch.dtype) -> torch.dtype | str:
     return dtype if dtype in DTYPES.values() else str(dtype).removeprefix("torch.")
 
 
-class TorchFile:
-    """A file of torch.save, mapped.
-
-    Pages that were read count as memory of this process until the mapping goes, so it is made
-    anew after each half gigabyte; that costs milliseconds.
-    """
-
-    def __init__(self, file: Path):
-        self.file, self.handed_out = file, 0
-        self.tensors = self.map()
-
-    def map(self) -> dict[str, torch.Tensor]:
-        try:
-            content = torch.load(self.file, "cpu", mmap=True, weights_only=True)
-        except Exception as error:  # a hostile pickle can provoke any of them
-            reason = str(error).strip().partition("\n")[0]
-            raise damaged(
-                self.file, f"not a dictionary of tensors and nothing else ({reason})"
-            ) from None
-        if not isinstance(content, dict) or not content:
-            raise damaged(self.file, f"a {type(content).__name__}; expected {{name: tensor}}")
-        for name, tensor in content.items():
-            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-                found = f"{name!r}: {type(tensor).__name__}"
-                raise damaged(self.file, f"a dictionary with {found[:80]}; expected name: tensor")
-            plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
-            if not plain or not tensor.is_contiguous() or tensor.is_quantized:
-                raise damaged(self.file, f"made of plain tensors, but for {name!r}")
-        return {name: tensor.detach() for name, tensor in content.items()}
-
-    def reader(self, name: str) -> Callable[[], torch.Tensor]:
-        def read():
-            if self.handed_out > MAX_MAPPED:
-                self.tensors, self.handed_out = self.map(), 0
-            self.handed_out += self.tensors[name].nbytes
-            return self.tensors[name]
-
-        return read
+def map_torch(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, mapped, if it holds nothing else."""
+    try:
+        content = torch.load(file, "cpu", mmap=True, weights_only=True)
+    except Exception as error:  # a hostile pickle can provoke any of them
+        reason = str(error).strip().partition("\n")[0]
+        raise damaged(file, f"not a dictionary of tensors and nothing else ({reason})") from None
+    if not isinstance(content, dict) or not content:
+        raise damaged(file, f"a {type(content).__name__}; expected {{name: tensor}}")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            found = f"{name!r}: {type(tensor).__name__}"
+            raise damaged(file, f"a dictionary with {found[:80]}; expected name: tensor")
+        plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not plain or not tensor.is_contiguous() or tensor.is_quantized:
+            raise damaged(file, f"made of plain tensors, but for {name!r}")
+    return {name: tensor.detach() for name, tensor in content.items()}
 
 
 # ---- TorchScript ----------------------------------------------------------------------------

@@ -4,8 +4,8 @@
 
 text     SmolLM2-135M (tests/smollm2.py), 640 random tokens, 128 new ones
 llava    ViT-L/14-336 and an MLP, both random, before it: a picture (576), 64 tokens, 128 new ones
-starts   the same two in new processes: from before the first import to the first token, the weights
-         in the page cache; the largest resident set (VmHWM), mapped pages included
+starts   the same two in new processes: from before the first import to the first token, with the
+         tokenizer loaded and the weights in the page cache; the largest resident set (VmHWM)
 speed    the shape of TinyLlama-1.1B, random weights: tokens/s against the memory's bandwidth
 seven    LLaVA-1.5-7B's shape in int4, random weights: tokens/s and peak memory
 quality  what bfloat16, int8 and int4 do to SmolLM2's logits and to the bundled model's answers
@@ -42,18 +42,19 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def folder(case: str, dtype: str) -> Path:
     """The weights of a case, made once and kept beside SmolLM2's."""
-    import smollm2
-
-    small = smollm2.folder()
-    path = small.parent / f"bench-{case}-{dtype}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    path = cache / "llava-from-scratch" / f"bench-{case}-{dtype}"
     if path.is_dir():
         return path
+    import smollm2
+
     import checkpoint
     from image import ImageConfig
     from llama import LLaMA
     from llava import LLaVA, LLaVAConfig
     from vit import ViTConfig
 
+    small = smollm2.folder()
     decoder = LLaMA.from_pretrained(small, DTYPES[dtype])
     files = [small / "tokenizer.json", small / "tokenizer_config.json"]
     if case == "text":
@@ -81,15 +82,19 @@ def prompt(case: str, image_id: int) -> list[int]:
 class Ours:
     def __init__(self, case: str, dtype: str):
         import fast
+        import tokenizer
         from llama import LLaMA
         from llava import LLaVA
 
         self.case, self.dtype = case, DTYPES[dtype]
         self.ids = torch.tensor([prompt(case, -200)])
         if case == "text":
-            self.decoder = fast.Decoder(LLaMA.from_pretrained(folder(case, dtype), self.dtype))
+            self.tokenizer = tokenizer.load(folder(case, dtype))
+            self.decoder = fast.Decoder(
+                LLaMA.from_pretrained(folder(case, dtype), self.dtype, mapped=True)
+            )
         else:
-            self.model = LLaVA.from_pretrained(folder(case, dtype), dtype=self.dtype)
+            self.model = LLaVA.from_pretrained(folder(case, dtype), dtype=self.dtype, mapped=True)
             self.decoder = fast.prepare(self.model).language_model
         self.decoder.eval()
 
@@ -131,6 +136,7 @@ class Theirs:
         classes = {"text": "LlamaForCausalLM", "llava": "LlavaForConditionalGeneration"}
         self.case, self.dtype = case, DTYPES[dtype]
         self.ids = torch.tensor([prompt(case, IMAGE_ID)])
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder(case, dtype))
         cls = getattr(transformers, classes[case])
         self.model = cls.from_pretrained(folder(case, dtype), dtype=self.dtype).eval()
         self.model.generation_config.eos_token_id = None
@@ -173,8 +179,11 @@ def memory(key: str = "VmHWM") -> float:
 def cold(engine: str, case: str, dtype: str) -> dict:
     """One answer in a new process: seconds to the first token, peak memory."""
     command = [sys.executable, __file__, "--child", engine, case, dtype]
+    pages = {"THP_MEM_ALLOC_ENABLE": "1"} if engine == "ours" else {}  # as generate.py sets it
     started = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | pages
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     return {
         "cold start, s": found["first"] - started,

@@ -2,7 +2,8 @@
 
     python benchmarks/load.py --work DIR      28 GB of disk: both layouts with random bf16 weights
 
-Each layout is loaded in a process of its own, after a plain read of the same files for comparison.
+Each layout is loaded in a process of its own, after a plain read of the same files for comparison;
+the first also as generate.py loads it, laid out for a CPU, in bf16, int8 and int4.
 Peak memory is the process's largest resident set (VmHWM), mapped file pages included. Prints a
 table and writes benchmarks/load.json.
 """
@@ -22,8 +23,10 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as generate.py does
 
 import checkpoint
+import generate
 from llava import LLaVA, LLaVAConfig
 from weightfile import Stored
 
@@ -90,15 +93,19 @@ def memory(key: str) -> float:
     return int(re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024e-9
 
 
-def load(folder: str):
+def load(folder: str, how: str):
     """In a process of its own: print one JSON line."""
-    from generate import generate
+    import fast
     from image import sawtooth
 
     before, started = memory("VmRSS"), time.perf_counter()
-    model = LLaVA.from_pretrained(folder)
+    if how == "plain":
+        model = LLaVA.from_pretrained(folder)
+    else:
+        bits = {"bf16": None, "int8": 8, "int4": 4}[how]
+        model = fast.prepare(LLaVA.from_pretrained(folder, quantize=bits, mapped=True))
     seconds = time.perf_counter() - started
-    n_bytes = sum(p.nbytes for p in model.parameters())
+    n_bytes = sum(file.stat().st_size for file in weight_files(Path(folder)))
     peak = memory("VmHWM")
 
     class Words:
@@ -106,7 +113,8 @@ def load(folder: str):
 
     model.tokenizer = Words()
     started = time.perf_counter()
-    (tokens,) = generate(model, [[1, 3148, 1001, -200, 1724, 338]], [sawtooth(640, 427)], 4)
+    ids = [1, 3148, 1001, -200, 1724, 338]
+    (tokens,) = generate.generate(model, [ids], [sawtooth(640, 427)], 4)
     answer = time.perf_counter() - started
     figures = {"GB": n_bytes / 1e9, "load_s": seconds, "GB_per_s": n_bytes / 1e9 / seconds}
     figures |= {"peak_GB": peak, "peak_over_bytes": (peak - before) / (n_bytes / 1e9)}
@@ -114,9 +122,13 @@ def load(folder: str):
     print(json.dumps(figures))
 
 
+def weight_files(folder: Path) -> list[Path]:
+    return [f for f in folder.rglob("*") if f.suffix in (".bin", ".safetensors")]
+
+
 def plain_read(folder: Path) -> float:
     """GB/s of reading the same files, whatever they hold."""
-    files = [f for f in folder.rglob("*") if f.suffix in (".bin", ".safetensors")]
+    files = weight_files(folder)
     buffer, started = bytearray(2**24), time.perf_counter()
     for file in files:
         with open(file, "rb", buffering=0) as opened:
@@ -128,10 +140,10 @@ def plain_read(folder: Path) -> float:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoints")
-    parser.add_argument("--load", help=argparse.SUPPRESS)
+    parser.add_argument("--load", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
-        return load(args.load)
+        return load(*args.load)
     rows = {}
     for layout in ("llava-hf", "original"):
         folder = args.work / layout
@@ -143,12 +155,15 @@ def main():
             else:
                 checkpoint.save(folder, "llava", random_tensors(), asdict(LLaVAConfig()))
         rate = plain_read(folder)
-        command = [sys.executable, __file__, "--work", str(args.work), "--load", str(folder)]
-        output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-        rows[layout] = {"plain_read_GB_per_s": rate} | json.loads(output)
+        for how in ("plain", "bf16", "int8", "int4") if layout == "llava-hf" else ("plain",):
+            command = [sys.executable, __file__, "--work", str(args.work), "--load", str(folder)]
+            done = subprocess.run([*command, how], stdout=subprocess.PIPE, text=True, check=True)
+            name = layout if how == "plain" else f"{layout}, laid out in {how}"
+            rows[name] = {"plain_read_GB_per_s": rate} | json.loads(done.stdout)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     machine |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
-    (HERE / "load.json").write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    result = {"machine": machine, "rows": rows}
+    (HERE / "load.json").write_text(json.dumps(result, indent=1) + "\n")
     for layout, figures in rows.items():
         print(layout, {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items()})
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from test_smollm2 import STORY
 
 import answers
+import checkpoint
 import data
 import fast
 import generate as g
@@ -220,3 +221,27 @@ def test_int8_answers_as_the_exact_model_does():
     prompt = data.render([("human", f"<image>\n{GOLDEN['question']}")], model.template)
     ids = g.generate(fast.prepare(model), [prompt], [image.load(STICKERS)], 60)
     assert ids == [GOLDEN["token_ids"]]
+
+
+@torch.inference_mode()
+def test_a_model_that_was_left_in_its_file_needs_it_no_more_once_arranged(tmp_path, kernels):
+    checkpoint.convert(g.TINY, tmp_path, dtype=torch.float32)
+    ids, pixels = torch.tensor([[1, 40, -200, 41]]), [torch.randn(1, 3, 96, 96)]
+    expected = fast.prepare(LLaVA.from_pretrained(tmp_path))(ids, pixels)
+    model = LLaVA.from_pretrained(tmp_path, mapped=True)
+    assert str(tmp_path) in Path("/proc/self/maps").read_text()
+    assert torch.equal(fast.prepare(model)(ids, pixels), expected)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.parametrize("n_rows", [16, 256, 272, 1040])
+def test_int4_rows_laid_out_in_pieces_lie_as_if_laid_out_at_once(n_rows, monkeypatch):
+    weight = torch.randn(n_rows, 256)
+    if not hasattr(torch.ops.aten, quantize.KERNELS[4][1]):
+        pytest.skip("needs torch's int4 kernels")
+    layers = [QuantizedLinear(weight, 4), QuantizedLinear(weight, 4)]
+    monkeypatch.setattr(quantize, "CHUNK", 1)
+    layers[0].pack()
+    monkeypatch.setattr(quantize, "CHUNK", weight.numel())
+    layers[1].pack()
+    assert torch.equal(layers[0].q, layers[1].q)
