@@ -41,6 +41,8 @@ def describe(recipe: Recipe) -> tuple[LLaVA, dict]:
     if source.part != "language_model":
         source = checkpoint.Checkpoint(recipe.model, vision_tower=tower)
         config = LLaVA.read_config(source)
+        if config.weight_bits:
+            raise ValueError(f"{recipe.model} holds rounded weights: train from the original")
         model, stored = checkpoint.match(lambda: LLaVA(config), source, "llava")
     else:
         if not tower:

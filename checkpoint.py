@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property, reduce
 from pathlib import Path
 
@@ -138,7 +138,9 @@ class Checkpoint:
             if not files:
                 raise CheckpointError(f"{self.path} has params.json, but no consolidated.00.pth")
             return [self._inside(file) for file in files]
-        for name in ("model.safetensors", "pytorch_model.bin"):
+        rounded = self.config.notes().get("weight_bits")
+        names = ["rounded.safetensors"] if rounded else ["model.safetensors", "pytorch_model.bin"]
+        for name in names:
             if (self.path / name).is_file():
                 return [self._inside(self.path / name)]
             if (self.path / f"{name}.index.json").is_file():
@@ -152,8 +154,8 @@ class Checkpoint:
             )
         if not extra:
             raise CheckpointError(
-                f"{self.path} has no model.safetensors or pytorch_model.bin, and no index of "
-                "several; other formats are not read"
+                f"{self.path} has no {' or '.join(names)}, and no index of several; other formats "
+                "are not read"
             )
         return extra
 
@@ -360,6 +362,9 @@ def listing(names: list[str], limit: int = 7) -> str:
     return ", ".join(names[:limit]) + more
 
 
+LARGE = r"\b(layers\..*|lm_head)\.weight$"  # of the matrices, what fast.prepare copies
+
+
 class NoInit(TorchFunctionMode):
     """Skip torch.nn.init: on the meta device it fills nothing, but imports for a second."""
 
@@ -388,8 +393,9 @@ def build(make, source: Checkpoint, part: str, dtype=None, device=None, take=Non
     state = {}
     is_read = take or not mapped or any(stored.dtype != dtype for stored in names.values())
     for ours, stored in watched(names.items()) if is_read else names.items():
-        stays = mapped and len(stored.shape) == 2 and re.search(r"\blayers\.|lm_head", ours)
-        tensor = stored.read().to(device or "cpu", dtype, copy=not stays)
+        stays = mapped and len(stored.shape) == 2 and re.search(LARGE, ours)
+        to = stored.dtype if ours.endswith(layouts.ROUNDED) else dtype
+        tensor = stored.read().to(device or "cpu", to, copy=not stays)
         if take is None or not take(module, ours, tensor):
             state[ours] = tensor
     module.load_state_dict(state, assign=True)
@@ -401,7 +407,8 @@ def match(make, source: Checkpoint, part: str) -> tuple[torch.nn.Module, dict[st
     with torch.device("meta"), NoInit():
         module = make()
     prefix = "" if part == "llava" else f"{part}."
-    wanted = {prefix + name: list(t.shape) for name, t in module.state_dict().items()}
+    places = {prefix + name: place for name, place in module.state_dict().items()}
+    wanted = {ours: list(place.shape) for ours, place in places.items()}
     names, _, unexpected = source.sort_names()
     names = {ours: stored for ours, stored in names.items() if ours.startswith(prefix)}
     missing = [
@@ -413,7 +420,7 @@ def match(make, source: Checkpoint, part: str) -> tuple[torch.nn.Module, dict[st
     misshapen = []
     for ours in wanted.keys() & names:
         stored = names[ours]
-        if stored.shape != wanted[ours] or isinstance(stored.dtype, str):
+        if stored.shape != wanted[ours] or not fits(stored.dtype, places[ours].dtype):
             found = f"got {stored.dtype} {stored.shape}".replace("torch.", "")
             misshapen.append(f"{stored.name} (expected {wanted[ours]}, {found})")
     if missing or unexpected or misshapen:
@@ -425,6 +432,13 @@ def match(make, source: Checkpoint, part: str) -> tuple[torch.nn.Module, dict[st
         )
     source.check_copies(prefix)
     return module, {ours.removeprefix(prefix): stored for ours, stored in names.items()}
+
+
+def fits(stored: torch.dtype | str, wanted: torch.dtype) -> bool:
+    """Any float is a weight; the numbers of a rounded matrix are of one type."""
+    if isinstance(stored, str):
+        return False
+    return stored == wanted or stored.is_floating_point and wanted.is_floating_point
 
 
 def watched(items, doing="reading", n_bytes=lambda item: item[1].n_bytes):
@@ -468,7 +482,8 @@ def save(
         bias = in_memory(state_dict["projector.0.bias"])
         identity = {"projector.2.weight": torch.eye(len(bias)).to(bias)}
         state_dict = {**state_dict, **identity, "projector.2.bias": torch.zeros_like(bias)}
-    dtype = write_weights(work, kind, state_dict, dtype, shard_bytes)
+    stem = "rounded" if config.get("weight_bits") else "model"
+    dtype = write_weights(work, stem, kind, state_dict, dtype, shard_bytes)
     contents = {"config.json": hf_config(kind, config, dtype, token_ids or {})}
     if kind == "llava":
         contents["preprocessor_config.json"] = hf_preprocessor(config["image"])
@@ -478,7 +493,7 @@ def save(
         shutil.copyfile(file, work / Path(file).name)
     files = sorted(work.iterdir(), key=lambda file: file.name == "config.json")
     for old in folder.iterdir():
-        if re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
+        if re.fullmatch(r"(model|rounded)(-\d+-of-\d+)?\.safetensors(\.index\.json)?", old.name):
             if not (work / old.name).exists():
                 old.unlink()
     for file in files:
@@ -487,12 +502,14 @@ def save(
     work.rmdir()
 
 
-def write_weights(folder: Path, kind: str, state_dict, dtype, shard_bytes: float) -> torch.dtype:
-    """Write model.safetensors, or shards and their index; returns the tensors' common type."""
+def write_weights(
+    folder: Path, stem: str, kind: str, state_dict, dtype, shard_bytes: float
+) -> torch.dtype:
+    """Write STEM.safetensors, or shards and their index; returns the tensors' common type."""
     prefix = "" if kind == "llava" else f"{kind}."
     shards, sizes = [{}], [0]
     for name, tensor in state_dict.items():
-        size = torch.Size(tensor.shape).numel() * (dtype or tensor.dtype).itemsize
+        size = torch.Size(tensor.shape).numel() * written(name, tensor.dtype, dtype).itemsize
         if shards[-1] and sizes[-1] + size > shard_bytes:
             shards.append({})
             sizes.append(0)
@@ -501,29 +518,35 @@ def write_weights(folder: Path, kind: str, state_dict, dtype, shard_bytes: float
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         many = f"-{i:05}-of-{len(shards):05}" if len(shards) > 1 else ""
-        weight_map |= dict.fromkeys(shard, f"model{many}.safetensors")
-        shard = {
-            name: in_memory(tensor).detach().to(device="cpu", dtype=dtype).contiguous()
-            for name, tensor in shard.items()
-        }
-        save_file(shard, folder / f"model{many}.safetensors", metadata={"format": "pt"})
+        file = f"{stem}{many}.safetensors"
+        weight_map |= dict.fromkeys(shard, file)
+        tensors = {name: in_memory(tensor).detach() for name, tensor in shard.items()}
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to("cpu", written(name, tensor.dtype, dtype)).contiguous()
+        save_file(tensors, folder / file, metadata={"format": "pt"})
         if len(shards) > 1:
             print(f"wrote shard {i} of {len(shards)}", file=sys.stderr)
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return dtype or reduce(torch.promote_types, (tensor.dtype for tensor in state_dict.values()))
+
+
+def written(name: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    return stored if asked is None or name.endswith(layouts.ROUNDED) else asked
 
 
 def in_memory(tensor) -> torch.Tensor:
     return tensor.read() if isinstance(tensor, Stored) else tensor
 
 
-def convert(path, out, base=None, vision_tower=None, dtype=None):
+def convert(path, out, base=None, vision_tower=None, dtype=None, quantize=None):
     """Write any checkpoint in the layout of transformers; tensors pass through one shard at a time.
 
-    dtype: None: each tensor as it is stored
+    dtype:    None: each tensor as it is stored
+    quantize: 8 or 4: the decoder's matrices as quantize.py has them, which only `LLaVA` reads
     """
+    import quantize as quantized
     from llama import LLaMA, LLaMAConfig  # a tool, at the end of the imports' one direction
     from llava import LLaVA
     from vit import ViT, ViTConfig
@@ -538,6 +561,12 @@ def convert(path, out, base=None, vision_tower=None, dtype=None):
     else:
         model, config = LLaVA, LLaVA.read_config(source)
     _, names = match(lambda: model(config), source, source.part)
+    if quantize:
+        if source.part != "llava" or config.weight_bits:
+            what = "rounded already" if source.part == "llava" else f"a lone {source.part}"
+            raise CheckpointError(f"{path} is {what}; --quantize takes a whole LLaVA")
+        config = replace(config, weight_bits=quantize)
+        names = quantized.for_file(names, quantize)
     folders = ([source.base.path] if base else []) + [source.path]
     files = {file.name: file for folder in folders for file in tokenizer.files(folder)}
     ids = source.config.token_ids() if source.config else {}
@@ -576,6 +605,8 @@ def main():
         if name == "convert":
             command.add_argument("out", help="folder to write")
             command.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+            text = "round the decoder's weights, for generate.py only"
+            command.add_argument("--quantize", choices=("int8", "int4"), help=text)
         command.add_argument("--model-base", help="what a delta, LoRA or lone projector belongs to")
         command.add_argument("--vision-tower", help="CLIP checkpoint to use as the tower")
     args = parser.parse_args()
@@ -584,7 +615,8 @@ def main():
         if args.command == "inspect":
             inspect(args.folder, *extra)
         elif args.command == "convert":
-            convert(args.folder, args.out, *extra, DTYPES.get(args.dtype))
+            bits = {"int8": 8, "int4": 4}.get(args.quantize)
+            convert(args.folder, args.out, *extra, DTYPES.get(args.dtype), bits)
         else:
             from compare import compare
 

@@ -202,6 +202,7 @@ class Config:
             "keep_class": self.choose(self.content, class_key, KEEP_CLASS, strategy),
             "template": notes.get("template", template),
             "image_start_end": notes.get("image_start_end", bool(self.get("mm_use_im_start_end"))),
+            "weight_bits": notes.get("weight_bits"),
         }
 
     def notes(self) -> dict:
@@ -211,8 +212,9 @@ class Config:
         image = notes.get("image", {}) if isinstance(notes, dict) else None
         proper = isinstance(image, dict) and image.keys() <= fields
         proper = proper and isinstance(notes.get("template", ""), str)
-        if not proper or not isinstance(notes.get("image_start_end", False), bool):
-            expected = "{image: {...}, template: ..., image_start_end: ...}"
+        proper = proper and isinstance(notes.get("image_start_end", False), bool)
+        if not proper or notes.get("weight_bits") not in (None, 8, 4):
+            expected = "{image: {...}, template: ..., image_start_end: ..., weight_bits: 8 or 4}"
             raise self.refusal(NOTES, notes, expected)
         return notes
 
@@ -359,6 +361,8 @@ def hf_config(kind: str, config: dict, dtype: torch.dtype, token_ids: dict) -> d
         if anyres:
             content["image_grid_pinpoints"] = config["image"]["grid_pinpoints"]
             content["use_image_newline_parameter"] = True
+        if config["weight_bits"]:
+            content[NOTES]["weight_bits"] = config["weight_bits"]
     return content | {"torch_dtype": str(dtype).removeprefix("torch.")}
 
 

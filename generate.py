@@ -23,6 +23,7 @@ import torch
 # it first makes a tensor.
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+import checkpoint
 import data
 import fast
 import image
@@ -158,11 +159,17 @@ def place(device: str | None, dtype: str | None, quantize=None) -> tuple[str, to
     return device, torch.bfloat16 if has_bf16 else torch.float16
 
 
+def stored_bits(path, base=None) -> int | None:
+    """To how many bits the weights on disk are rounded, if they are."""
+    config = checkpoint.Checkpoint(path, base).config
+    return config and config.notes().get("weight_bits")
+
+
 def load(args) -> LLaVA:
     """The model that the flags of `add_model_flags` name; stderr says what was chosen."""
-    device, dtype = place(args.device, args.dtype, args.quantize)
     kernels.backend, path = args.attention, args.model or TINY
-    bits = {None: None, "int8": 8, "int4": 4}[args.quantize]
+    bits = {"int8": 8, "int4": 4}.get(args.quantize, stored_bits(path, args.model_base))
+    device, dtype = place(args.device, args.dtype, bits)
     prepared = args.attention != "kernel"
     model = LLaVA.from_pretrained(
         path,

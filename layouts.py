@@ -92,6 +92,9 @@ LORA_ONLY |= {"rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None}
 # Which part of a LLaVA a family holds; those that are not here hold the whole.
 PARTS = {"clip": "vision_tower", "openai-clip": "vision_tower"}
 PARTS |= {"llama": "language_model", "meta": "language_model"}
+# How the names of a rounded matrix end (quantize.py); their types are never changed. They lie in
+# rounded.safetensors: where transformers looks, there is nothing that it could half load.
+ROUNDED = (".q", ".scale", ".mid")
 KINDS = {"vision_tower": "clip", "language_model": "llama", "llava": "llava-hf"}
 
 

@@ -50,6 +50,7 @@ class LLaVAConfig:
     keep_class: bool = False  # does the ViT's class token go along with the patches?
     template: str = "v1"  # conversation template, see templates.py
     image_start_end: bool = False  # are pictures between <im_start> and <im_end>? (first models)
+    weight_bits: int | None = None  # 8 or 4: the decoder's matrices are rounded, see quantize.py
 
     def __post_init__(self):
         if not -self.vision.n_layers - 1 <= self.vision_layer <= self.vision.n_layers:
@@ -81,6 +82,8 @@ class LLaVA(nn.Module):
         self.vision_tower = ViT(config.vision)
         self.projector = build_projector(config.projector, config.vision.dim, config.text.dim)
         self.language_model = LLaMA(config.text)
+        if config.weight_bits:
+            quantized.make_room(self, config.weight_bits)
         if config.image.aspect == "anyres":
             self.add_newline()
         self.tokenizer = None  # set by from_pretrained when the folder has one
@@ -107,13 +110,19 @@ class LLaVA(nn.Module):
         `vision_tower`: a CLIP checkpoint that replaces the tower of this one.
         `dtype`, `device`: default to the stored type and the CPU.
         `base`: what a delta, a LoRA or a lone projector belongs to.
-        `quantize`: 8 or 4, the bits to which the decoder's matrices are rounded as they are read.
+        `quantize`: 8 or 4, the bits to which the decoder's matrices are rounded as they are read,
+        if they are not stored in so many.
         `mapped`: leave large matrices in the file, for fast.prepare to copy.
         Raises ValueError naming all tensors that are missing, unexpected or misshapen.
         """
         source = checkpoint.Checkpoint(path, base, vision_tower)
         config = cls.read_config(source)
-        take = quantized.taker(quantize) if quantize else None
+        if quantize and config.weight_bits not in (None, quantize):
+            raise ValueError(
+                f"{path} holds weights of {config.weight_bits} bits, and not of {quantize}: "
+                "take the original"
+            )
+        take = quantized.taker(quantize) if quantize and not config.weight_bits else None
         model = checkpoint.build(lambda: cls(config), source, "llava", dtype, device, take, mapped)
         model.read_tokenizer(source)
         return model

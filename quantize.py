@@ -8,6 +8,7 @@ all arithmetic stay as they are ("weight-only"). A weight becomes a small whole 
 
 Both simply round to the nearest number, without any data to calibrate on (LLM.int8(), arXiv
 2208.07339, section 2, has the arithmetic). The head, which names the next token, keeps 8 bits.
+Rounding 7B takes a minute at each start; `checkpoint.py convert --quantize int4` does it once.
 
 On a CPU torch's own kernels read these weights; everywhere else, and without the kernels, a matrix
 is spelled out before each product, which saves memory and no time. benchmarks/generate.json has
@@ -19,6 +20,8 @@ import re
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+import checkpoint
 
 GROUP = 128  # weights that share a scale in int4; 64 or 32 where a row is no multiple
 HEAD_BITS = 8
@@ -40,6 +43,8 @@ def quantize(weight, bits: int):
 
 def chunks(matrix):
     """A few rows at a time; 64, or multiples of it, as torch's kernels store them together."""
+    if matrix.is_meta:
+        return [matrix]
     return matrix.split(max(64, CHUNK // matrix.shape[1] // 64 * 64))
 
 
@@ -82,18 +87,21 @@ def group_size(n_in: int) -> int:
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer without bias, its weight quantised: float[..., D] -> float[..., F]."""
+    """A linear layer without bias, its weight quantised: float[..., D] -> float[..., F].
+
+    Of a weight on the meta device, the place for rounded ones that are stored.
+    """
 
     def __init__(self, weight, bits: int):
         super().__init__()
         self.bits = bits if bits == 8 or group_size(weight.shape[1]) else 8
         self.out_features, self.in_features = weight.shape
-        self.keep(*quantize(weight.detach(), self.bits))
+        self.keep(*quantize(weight.detach(), self.bits), stored=weight.is_meta)
 
-    def keep(self, q, scale, mid):
+    def keep(self, q, scale, mid, stored=False):
         self.packed = False
         for name, tensor in {"q": q, "scale": scale, "mid": mid}.items():
-            self.register_buffer(name, tensor, persistent=False)
+            self.register_buffer(name, tensor, persistent=stored)
 
     @classmethod
     def joined(cls, layers) -> "QuantizedLinear":
@@ -144,11 +152,33 @@ def taker(bits: int):
     def take(module, name: str, tensor) -> bool:
         if not re.fullmatch(MATRICES, name):
             return False
-        bits_here = HEAD_BITS if "lm_head" in name else bits
-        module.set_submodule(name.removesuffix(".weight"), QuantizedLinear(tensor, bits_here))
+        module.set_submodule(name.removesuffix(".weight"), rounded(name, tensor, bits))
         return True
 
     return take
+
+
+def rounded(name: str, weight, bits: int) -> QuantizedLinear:
+    return QuantizedLinear(weight, HEAD_BITS if "lm_head" in name else bits)
+
+
+def make_room(model, bits: int):
+    """Put QuantizedLinear in the place of the decoder's matrices."""
+    for name, weight in list(model.named_parameters()):
+        taker(bits)(model, name, weight)
+
+
+def for_file(tensors: dict, bits: int) -> dict:
+    """{our name: tensor or Stored} with q, scale and mid in the place of the decoder's matrices."""
+    found = {}
+    for name, stored in checkpoint.watched(tensors.items()):
+        if re.fullmatch(MATRICES, name):
+            layer = rounded(name, stored.read(), bits)
+            name = name.removesuffix("weight")
+            found |= {name + part: tensor for part, tensor in layer.named_buffers()}
+        else:
+            found[name] = stored
+    return found
 
 
 def main():

@@ -28,8 +28,9 @@ from safetensors import SafetensorError, safe_open
 
 MAX_PICKLE = 2**28  # bytes of names and shapes; LLaMA-70B has 0.1 MB
 MAX_MAPPED = {"safetensors": 2**25, "torch": 2**29}  # bytes; see `reader`
-# What a weight can be, in the words of safetensors; quantised formats are not among them.
+# What a weight can be, in the words of safetensors. Whole numbers are those of quantize.py only.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"I8": torch.int8, "U8": torch.uint8}
 
 
 class CheckpointError(ValueError):

@@ -3,7 +3,8 @@
     python benchmarks/load.py --work DIR      28 GB of disk: both layouts with random bf16 weights
 
 Each layout is loaded in a process of its own, after a plain read of the same files for comparison;
-the first also as generate.py loads it, laid out for a CPU, in bf16, int8 and int4.
+the first also as generate.py loads it, laid out for a CPU, in bf16, int8 and int4, and from a
+folder that `checkpoint.py convert --quantize int4` has made of it (4 GB more).
 Peak memory is the process's largest resident set (VmHWM), mapped file pages included. Prints a
 table and writes benchmarks/load.json.
 """
@@ -102,7 +103,7 @@ def load(folder: str, how: str):
     if how == "plain":
         model = LLaVA.from_pretrained(folder)
     else:
-        bits = {"bf16": None, "int8": 8, "int4": 4}[how]
+        bits = {"int8": 8, "int4": 4}.get(how)
         model = fast.prepare(LLaVA.from_pretrained(folder, quantize=bits, mapped=True))
     seconds = time.perf_counter() - started
     n_bytes = sum(file.stat().st_size for file in weight_files(Path(folder)))
@@ -119,6 +120,7 @@ def load(folder: str, how: str):
     figures = {"GB": n_bytes / 1e9, "load_s": seconds, "GB_per_s": n_bytes / 1e9 / seconds}
     figures |= {"peak_GB": peak, "peak_over_bytes": (peak - before) / (n_bytes / 1e9)}
     figures |= {"imports_GB": before, "answer_s": answer, "tokens": tokens}
+    figures["peak_after_the_answer_GB"] = memory("VmHWM")
     print(json.dumps(figures))
 
 
@@ -160,6 +162,12 @@ def main():
             done = subprocess.run([*command, how], stdout=subprocess.PIPE, text=True, check=True)
             name = layout if how == "plain" else f"{layout}, laid out in {how}"
             rows[name] = {"plain_read_GB_per_s": rate} | json.loads(done.stdout)
+    small = args.work / "int4"
+    if not (small / "config.json").exists():
+        checkpoint.convert(args.work / "llava-hf", small, quantize=4)
+    command = [sys.executable, __file__, "--work", str(args.work), "--load", str(small), "stored"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    rows["llava-hf, stored in int4"] = json.loads(done.stdout)
     machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     machine |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
     result = {"machine": machine, "rows": rows}

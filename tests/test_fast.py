@@ -13,15 +13,18 @@ import pytest
 import smollm2
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from test_smollm2 import STORY
 
 import answers
+import assemble
 import checkpoint
 import data
 import fast
 import generate as g
 import image
 import quantize
+import recipes
 import tokenizer
 from llama import KVCache, LLaMA, LLaMAConfig
 from llava import LLaVA
@@ -245,3 +248,43 @@ def test_int4_rows_laid_out_in_pieces_lie_as_if_laid_out_at_once(n_rows, monkeyp
     monkeypatch.setattr(quantize, "CHUNK", weight.numel())
     layers[1].pack()
     assert torch.equal(layers[0].q, layers[1].q)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.inference_mode()
+def test_stored_rounded_weights_are_those_rounded_on_load(bits, dtype, tmp_path, kernels):
+    checkpoint.convert(g.TINY, tmp_path, dtype=dtype, quantize=bits)
+    ids, pixels = torch.tensor([[1, 40, -200, 41]]), [torch.randn(1, 3, 96, 96)]
+    models = (
+        LLaVA.from_pretrained(g.TINY, dtype=torch.float32, quantize=bits),
+        LLaVA.from_pretrained(tmp_path, dtype=torch.float32, mapped=True),
+    )
+    assert torch.equal(*(fast.prepare(model)(ids, pixels) for model in models))
+
+
+def test_rounded_weights_are_for_answers_only_and_of_their_bits_only(tmp_path):
+    checkpoint.convert(g.TINY, tmp_path / "int4", quantize=4)
+    folder = tmp_path / "int4"
+    assert not (folder / "model.safetensors").exists()  # which transformers would half load
+    assert g.stored_bits(folder) == 4 and g.stored_bits(g.TINY) is None
+    with pytest.raises(ValueError, match="holds weights of 4 bits, and not of 8"):
+        LLaVA.from_pretrained(folder, quantize=8)
+    with pytest.raises(ValueError, match="rounded already"):
+        checkpoint.convert(folder, tmp_path / "twice", quantize=4)
+    with pytest.raises(ValueError, match="train from the original"):
+        assemble.describe(recipes.Recipe(model=str(folder)))
+    checkpoint.convert(folder, tmp_path / "again")  # one layout to the other, as it is
+    again, stored = (load_file(f / "rounded.safetensors") for f in (tmp_path / "again", folder))
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], stored[name]) for name in stored)
+
+
+def test_whole_numbers_in_the_place_of_weights_are_refused(tmp_path):
+    checkpoint.convert(g.TINY, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.0.mlp.up_proj.weight"))
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"up_proj.weight \(expected .* got int8"):
+        LLaVA.from_pretrained(tmp_path)
