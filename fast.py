@@ -10,9 +10,9 @@ is computed differently here but for the order of a sum; what changes is how the
                MLP's gate and up.
     folded     Bias, activation and residual are worked in while a result is in the cache, by the
                product itself (oneDNN's "post-ops").
-    attention  Of one query, the heads that share a key head become the rows of one product, never
-               fewer than two: torch's kernel takes up to five times as long in bfloat16. (Many
-               queries are attention.py's.)
+    attention  Of one query, the heads that share a key head become the rows of one product. Where
+               none share, torch's kernel takes two or three times as long as plain products in
+               float32. (Many queries are attention.py's.)
 
 `prepare` is the one call. A prepared model only answers: it is neither trained nor saved. Read
 llama.py and vit.py first; each class here has its twin there, and tests/test_fast.py compares them.
@@ -55,13 +55,14 @@ def multiplies_bfloat16() -> bool:
 class Product(nn.Module):
     """x W^T + b with W packed: float[..., D] -> float[..., F]; then SiLU, or a residual added.
 
-    linears: nn.Linear of the same input; their outputs stand side by side
+    linears: nn.Linear of the same input (or a table); their outputs stand side by side
     rows:    how many rows x has as a rule; the packed order depends on it
     """
 
     def __init__(self, *linears, rows: int = 1):
         super().__init__()
-        weights, biases = [x.weight.data for x in linears], [x.bias for x in linears]
+        weights = [x.weight.data for x in linears]
+        biases = [getattr(x, "bias", None) for x in linears]
         self.bias = None if biases[0] is None else torch.cat(biases).detach()
         self.packed = weights[0].device.type == "cpu" and can_pack(weights[0].dtype)
         if self.packed:
@@ -122,12 +123,15 @@ class DecoderBlock(nn.Module):
             keys, values = cache.update(self.layer, k, v)  # (B, K, S, Dh)
             if past:  # else the prompt's own, which need not be in the type of the cache
                 k, v = keys, values
-        if T == 1:  # the queries of a key head are the rows of one product
-            q = q.reshape(B, c.n_kv_heads, -1, c.head_dim).to(k.dtype)  # (B, K, H/K, Dh)
-            if q.shape[2] == 1:  # a lone row, in bfloat16, takes twice as long as two
-                q = q.expand(-1, -1, 2, -1)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=tiles and tiles[0][2])
-            y = y[:, :, : c.n_heads // c.n_kv_heads]
+        if T == 1:
+            mask = tiles and tiles[0][2]  # (B, 1, 1, S)
+            if c.n_heads == c.n_kv_heads:
+                scores = q.float() @ k.float().transpose(2, 3) * c.head_dim**-0.5  # (B, H, 1, S)
+                scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+                y = scores.softmax(-1) @ v.float()
+            else:  # the queries of a key head are the rows of one product
+                q = q.reshape(B, c.n_kv_heads, -1, c.head_dim).to(k.dtype)  # (B, K, H/K, Dh)
+                y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             y = attend(q, k.to(q.dtype), v.to(q.dtype), tiles, causal=True)
             y = y.transpose(1, 2)  # (B, T, H, Dh)
@@ -148,8 +152,8 @@ class Decoder(LLaMA):
         elif isinstance(self.layers[0].down, QuantizedLinear):
             self.out = QuantizedLinear(self.embed_tokens.weight, HEAD_BITS)
             self.out.pack()
-        else:  # packed, the table would be in memory twice
-            self.out = lambda hidden: F.linear(hidden, self.embed_tokens.weight)
+        else:  # in memory twice: as it is to look words up, packed to name the next
+            self.out = Product(self.embed_tokens)
 
     def hidden(self, token_ids=None, embeds=None, mask=None, cache=None):
         """As in LLaMA."""

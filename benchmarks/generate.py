@@ -2,7 +2,8 @@
 
     python benchmarks/generate.py text llava starts speed seven quality      all, some 20 minutes
 
-text     SmolLM2-135M (tests/smollm2.py), 640 random tokens, 128 new ones
+text     SmolLM2-135M (tests/smollm2.py), 640 random tokens, 128 new ones; llama.cpp on the same
+         weights too, where llama-cpp-python is installed (it is built in some minutes)
 llava    ViT-L/14-336 and an MLP, both random, before it: a picture (576), 64 tokens, 128 new ones
 starts   the same two in new processes: from before the first import to the first token, with the
          tokenizer loaded and the weights in the page cache; the largest resident set (VmHWM)
@@ -18,6 +19,7 @@ round; "speed" takes the fastest tenth and the fastest read. Each part replaces 
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import platform
@@ -168,6 +170,34 @@ class Theirs:
         return out.hidden_states[-2][:, 1:]
 
 
+class LlamaCpp:
+    def __init__(self, case: str, dtype: str):
+        import ctypes
+
+        import llama_cpp
+        import smollm2
+
+        file = folder(case, dtype) / "llama.gguf"
+        if not file.exists():
+            how = llama_cpp.llama_model_quantize_default_params()
+            how.allow_requantize = True
+            how.ftype = {"bf16": llama_cpp.LLAMA_FTYPE_MOSTLY_BF16, "fp32": 0}[dtype]
+            source = str(smollm2.gguf_file()).encode()
+            llama_cpp.llama_model_quantize(source, str(file).encode(), ctypes.byref(how))
+        both = dict(n_threads=2, n_threads_batch=2, n_batch=PROMPT, n_ctx=PROMPT + NEW + 8)
+        self.model = llama_cpp.Llama(str(file), verbose=False, **both)
+        self.ids = prompt(case, IMAGE_ID)
+
+    def answer(self, n: int, pixels=None):
+        self.model.reset()
+        tokens, times = [], []
+        for token in self.model.generate(self.ids, top_k=1, temp=0.0, repeat_penalty=1.0):
+            tokens.append(token)
+            times.append(time.perf_counter())
+            if len(tokens) == n:
+                return tokens, times
+
+
 ENGINES = {"ours": Ours, "theirs": Theirs}
 
 
@@ -231,7 +261,10 @@ def measure(engine, pixels, n_new: int) -> dict:
 def compare(case: str, dtype: str, rounds: int, n_new: int) -> dict:
     """Both engines in turns: {engine: {figure: [median, smallest, largest]}} and their ratios."""
     pixels = torch.randn(1, 3, 336, 336) if case == "llava" else None
-    engines = {name: make(case, dtype) for name, make in ENGINES.items()}
+    makers = dict(ENGINES)
+    if case == "text" and importlib.util.find_spec("llama_cpp"):
+        makers["llama.cpp"] = LlamaCpp
+    engines = {name: make(case, dtype) for name, make in makers.items()}
     runs, started = {name: [] for name in engines}, time.time()
     for engine in engines.values():
         engine.answer(2, pixels)  # pages of the weights come in, kernels are chosen
@@ -251,16 +284,18 @@ def compare(case: str, dtype: str, rounds: int, n_new: int) -> dict:
 
 
 def summaries(runs: dict) -> dict:
-    """Figures of both, and how many times better ours is, round by round."""
-    ratios = [
-        {
-            key: ours[key] / theirs[key] if "tokens/s" in key else theirs[key] / ours[key]
-            for key in ours
-        }
-        for ours, theirs in zip(runs["ours"], runs["theirs"], strict=True)
-    ]
+    """Figures of all, and how many times better ours is, round by round."""
     result = {name: summary(found) for name, found in runs.items()}
-    return result | {"ours is better by": summary(ratios)}
+    for name in runs.keys() - {"ours"}:
+        ratios = [
+            {
+                key: ours[key] / theirs[key] if "tokens/s" in key else theirs[key] / ours[key]
+                for key in ours
+            }
+            for ours, theirs in zip(runs["ours"], runs[name], strict=True)
+        ]
+        result[{"theirs": "ours is better by"}.get(name, f"than {name} by")] = summary(ratios)
+    return result
 
 
 def compare_starts(case: str, dtype: str, rounds: int) -> dict:
@@ -354,7 +389,7 @@ def speed(rounds: int) -> dict:
 
 
 @torch.inference_mode()
-def seven(n_prompt: int = 64, n_new: int = 8) -> dict:
+def seven(n_prompt: int = 592, n_new: int = 16) -> dict:
     """A picture and an answer for LLaVA-1.5-7B's shape in int4, in a process of its own."""
     import fast
     from llava import LLaVA, LLaVAConfig
@@ -373,7 +408,7 @@ def seven(n_prompt: int = 64, n_new: int = 8) -> dict:
     started = time.perf_counter()
     words = model.encode_images([torch.randn(1, 3, 336, 336)])[0][None]
     seen = time.perf_counter()
-    embeds = words[:, :n_prompt]  # a whole picture is 576; the rate is what matters
+    embeds = torch.cat([words, words], 1)[:, :n_prompt]  # a picture (576) and a question
     begun = time.perf_counter()
     _, times = continue_greedily(model.language_model, embeds, n_new)
     steps = sorted(end - start for start, end in zip(times, times[1:], strict=False))
@@ -385,7 +420,6 @@ def seven(n_prompt: int = 64, n_new: int = 8) -> dict:
         "prompt": embeds.shape[1],
         "after loading, MB": round(loaded),
         "peak, MB": round(memory()),
-        "a full cache of 768 tokens adds at most, MB": round(768 * 2**19 / 1e6),
     }
 
 
