@@ -1,6 +1,6 @@
 """A picture and a question -> an answer.
 
-    python generate.py --image examples/stickers.jpg --prompt "How many animals are there?"
+    python generate.py --image examples/stickers.jpg --prompt "What is at the top left?"
 
 From Python, `generate` answers a list of prompts with their pictures, and `stream` does it token by
 token; `load`, `answer` and the flags are the command line's. The loop that reads and speaks is in

@@ -10,9 +10,9 @@ Both simply round to the nearest number, without any data to calibrate on (LLM.i
 2208.07339, section 2, has the arithmetic). The head, which names the next token, keeps 8 bits.
 Rounding 7B takes a minute at each start; `checkpoint.py convert --quantize int4` does it once.
 
-On a CPU torch's own kernels read these weights; everywhere else, and without the kernels, a matrix
-is spelled out before each product, which saves memory and no time. benchmarks/generate.json has
-what the rounding costs, and fast.py arranges the rest of a model for a CPU.
+On a CPU torch's own kernels read these weights, on a GPU kernels/rounded.py; everywhere else, and
+for many rows, a matrix is spelled out before each product, which saves memory and no time.
+benchmarks/generate.json has what the rounding costs, and fast.py arranges the rest for a CPU.
 """
 
 import re
@@ -22,11 +22,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
+import kernels
+from kernels import FEW_ROWS
 
 GROUP = 128  # weights that share a scale in int4; 64 or 32 where a row is no multiple
 HEAD_BITS = 8
 CHUNK = 2**19  # weights that are rounded or laid out at a time: they fit the CPU's cache
-FEW_ROWS = 16  # up to here torch's int8 kernel is faster than spelling the matrix out
 MATRICES = r"language_model\.(lm_head|layers\.\d+\..*_proj)\.weight"
 KERNELS = {8: ["_weight_int8pack_mm"]}
 KERNELS[4] = ["_weight_int4pack_mm_for_cpu", "_convert_weight_to_int4pack_for_cpu"]
@@ -136,6 +137,8 @@ class QuantizedLinear(nn.Module):
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(
                 rows.bfloat16(), self.q, group, self.scale
             )  # in float32 these kernels are five times slower
+        elif not self.packed and kernels.multiplies(rows):
+            y = kernels.product(rows, self.q, self.scale, self.mid, self.bits)
         elif self.packed and len(rows) <= FEW_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.scale[:, 0])
         elif self.bits == 8:

@@ -1,7 +1,8 @@
-"""Who computes attention: our Triton kernel on the GPUs it was measured on, else torch's SDPA.
+"""Who computes: our Triton kernels on the GPUs they were measured on, else torch.
 
-attention.py asks `takes` and calls `attend`; the kernel is in kernels/attention.py, imported when
-it is first needed: everything else works without triton.
+attention.py asks `takes` and calls `attend`, quantize.py asks `multiplies` and calls `product`. The
+kernels are in kernels/attention.py and kernels/rounded.py, imported when they are first needed:
+everything else works without triton.
 """
 
 import importlib.util
@@ -10,7 +11,8 @@ import torch
 import torch.nn.functional as F
 
 BACKENDS = ("auto", "kernel", "sdpa")
-HELP = "by our Triton kernel or torch's SDPA; auto: the kernel on GPUs on which it was measured"
+HELP = "by our Triton kernels or torch; auto: the kernels on GPUs on which they were measured"
+FEW_ROWS = 16  # rows that are multiplied by a rounded matrix as it is
 backend = "auto"  # wherever attention is computed; the other two force one or the other
 # Compute capabilities of GPUs on which tests/test_attention.py passed and benchmarks/attention.py
 # found the kernel no slower than SDPA. It compiles for 8.0 and 9.0 and has not run on either yet.
@@ -43,6 +45,21 @@ def has_kernel(device) -> bool:
 
 # What torch.compiler.assume_constant_result sets; that would import the compiler, and triton.
 has_kernel._dynamo_marked_constant = True
+
+
+def multiplies(rows) -> bool:
+    """Is the kernel to multiply these rows by a rounded matrix? If few; not float32 by itself."""
+    chosen = backend == "auto" and has_kernel(rows.device) and rows.dtype != torch.float32
+    return len(rows) <= FEW_ROWS and (chosen or backend == "kernel")
+
+
+def product(rows, q, scale, mid, bits: int):
+    """float[M, D] times a matrix as `quantize.quantize` makes it: float[M, N]."""
+    try:
+        from kernels.rounded import product as kernel
+    except ImportError as error:
+        raise ValueError("the kernels need triton: install it, or use sdpa") from error
+    return kernel(rows, q, scale, mid, bits)
 
 
 def compute_dtype(x):

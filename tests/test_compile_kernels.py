@@ -37,6 +37,8 @@ def compile_all(arch: int, cases: dict):
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
     from kernels import attention as file
+    from kernels import rounded
+    from quantize import QuantizedLinear
 
     target, done = GPUTarget("cuda", arch, 32), set()
     backend = make_backend(target)
@@ -71,6 +73,11 @@ def compile_all(arch: int, cases: dict):
             file.backward(out, q, k, v, out, lse, *rest)
             if mask != "none":
                 file.forward(q[:, :, :1], k, v, *rest)  # decoding
+        mask = "product"
+        for width in (8, 4) if dtype != "float32" else ():  # bits; float32 is for tests
+            layer = QuantizedLinear(torch.empty(4096, 1024, dtype=torch.bfloat16), width)
+            x = torch.empty(1, 1024, dtype=getattr(torch, dtype))
+            rounded.multiply(x, layer.q, layer.scale, layer.mid, width)
 
 
 def usage(kernel) -> dict:
@@ -98,10 +105,11 @@ def test_kernels_compile_without_spills_within_shared_memory_for_tensor_cores(ar
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     print(done.stdout)
     kernels = {report["kernel"].removesuffix("_kernel") for report in reports}
-    assert kernels == {"forward", "split", "merge", "delta", "backward_queries", "backward_keys"}
+    backward = {"delta", "backward_queries", "backward_keys"}
+    assert kernels == {"forward", "split", "merge", "product"} | backward
     for report in reports:
-        # Of split's tiles of 16 queries wgmma, which takes 64, cannot make use.
-        small = report["kernel"] == "split_kernel"
+        # Of tiles of 16 rows wgmma, which takes 64, cannot make use.
+        small = report["kernel"] in ("split_kernel", "product_kernel")
         multiplies = report["kernel"] not in ("delta_kernel", "merge_kernel") and not small
         exact = report["dtype"] == "float32"  # on ordinary cores, a word or two of stack is let be
         assert report["stack"] <= (32 if exact else 0), report
