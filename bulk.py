@@ -6,7 +6,8 @@
 A line is a question: "prompt" (or "text", as in the original's files), "image" (a path, a list of
 paths, or none) and whatever else; all of it comes back with the answer, in the same order. What is
 wrong with a row is written where its answer would be, and the others go on. A run that was stopped
-goes on after the last whole line of --out.
+goes on after the last whole line of --out, with the same model and options: those lie beside it in
+FILE.jsonl.settings.
 
 `--image` with several files, a folder or a pattern is the same for one question about each.
 """
@@ -14,6 +15,7 @@ goes on after the last whole line of --out.
 import glob
 import json
 import sys
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -162,6 +164,24 @@ def done_before(path: Path, rows: list[dict]) -> int:
     return n
 
 
+def settle(path: Path, n_done: int, args, how: Decoding):
+    """Write down what decides the answers, or raise ValueError if earlier ones had it otherwise."""
+    names = "model model_base vision_tower template dtype quantize max_new_tokens".split()
+    now = {name: getattr(args, name) for name in names} | asdict(how)
+    now, file = json.dumps(now, indent=1), Path(f"{path}.settings")
+    if not n_done or not file.exists():
+        file.write_text(now)
+        return
+    now, then = json.loads(now), json.loads(file.read_text())
+    other = [key for key in now if now[key] != then.get(key)]
+    if other:
+        flags = ", ".join(f"--{key.replace('_', '-')} {then.get(key)}" for key in other)
+        raise ValueError(
+            f"--out: the {n_done} answers in {path} were given with {flags}; "
+            "say so again, or choose another file"
+        )
+
+
 def run(args, how: Decoding) -> int:
     """Answer the questions of --prompts, or of several --image; exit code 1 if any had an error."""
     if args.batch < 1:
@@ -183,6 +203,8 @@ def run(args, how: Decoding) -> int:
     n_bad = 0
     if todo:
         try:
+            if path:
+                settle(path, n_done, args, how)
             out = path.open("a", encoding="utf-8") if path else sys.stdout
         except OSError as error:
             raise ValueError(f"--out: cannot write {path} ({error.strerror})") from None

@@ -261,6 +261,17 @@ def test_answers_to_other_questions_are_not_gone_on_with(ask_all, questions, tmp
     assert len(read(out)) == 1
 
 
+def test_a_run_goes_on_with_its_own_options_only(ask_all, questions, tmp_path):
+    file, _ = questions
+    out = tmp_path / "out.jsonl"
+    ask_all(*flags(file, out, "--temperature", 1, "--seed", 3, "--stop", "."))
+    out.write_bytes(out.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"with --temperature 1.0, --seed 3, --stop \['\.'\]; say"):
+        ask_all(*flags(file, out))
+    ask_all(*flags(file, out, "--temperature", 1, "--seed", 3, "--stop", "."))
+    assert len(read(out)) == 9
+
+
 def test_a_row_with_an_answer_of_its_own_is_refused(ask_all, questions, tmp_path):
     file, _ = questions
     file.write_text('{"prompt": "x", "answer": "42"}\n')
