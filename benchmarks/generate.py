@@ -10,6 +10,8 @@ starts   the same two in new processes: from before the first import to the firs
 speed    the shape of TinyLlama-1.1B, random weights: tokens/s against the memory's bandwidth
 seven    LLaVA-1.5-7B's shape in int4, random weights: tokens/s and peak memory
 quality  what bfloat16, int8 and int4 do to SmolLM2's logits and to the bundled model's answers
+gpu      LLaVA-1.5-7B's decoder on a CUDA GPU, random weights, after a prompt of 640: tokens/s in
+         bf16, int8 and int4, of 1 to 64 answers at a time, beside the memory's bandwidth
 
 Another program on the same two cores makes threads wait for each other. So the rate of the fastest
 tenth of the tokens and the CPU's seconds are given too (with OMP_WAIT_POLICY=passive these leave
@@ -115,14 +117,16 @@ class Ours:
 
 
 def continue_greedily(decoder, embeds, n: int):
+    """Of a batch, the tokens of its first row."""
     from llama import KVCache
 
-    cache = KVCache(decoder.config, 1, embeds.shape[1] + n, embeds.dtype, "cpu")
+    B, T, _ = embeds.shape
+    cache = KVCache(decoder.config, B, T + n, embeds.dtype, embeds.device)
     hidden = decoder.hidden(embeds=embeds, cache=cache)
     tokens, times = [], []
     while True:
         token = decoder.head(hidden[:, -1]).argmax(-1)
-        tokens.append(int(token))
+        tokens.append(int(token[0]))
         times.append(time.perf_counter())
         if len(tokens) == n:
             return tokens, times
@@ -317,7 +321,7 @@ def summary(runs: list[dict]) -> dict:
     }
 
 
-def random_decoder(config, bits=None):
+def random_decoder(config, bits=None, device="cpu"):
     """A decoder of random bfloat16 weights, quantised matrix by matrix: little memory is needed.
 
     Every layer has the same numbers, in memory of its own: making new ones would take minutes.
@@ -335,7 +339,8 @@ def random_decoder(config, bits=None):
         path, _, _ = name.rpartition(".")
         kind = path.rpartition(".")[2]
         if kind not in made:
-            weight = torch.empty(meta.shape, dtype=torch.bfloat16).normal_(0, 0.02)
+            weight = torch.empty(meta.shape, dtype=torch.bfloat16, device=device)
+            weight.normal_(0, 0.02)
             weight = torch.ones_like(weight) if "norm" in name else weight
             if not (bits and taker(bits)(holder, name, weight)):
                 holder.get_submodule(path).weight = torch.nn.Parameter(weight, False)
@@ -424,6 +429,28 @@ def seven(n_prompt: int = 592, n_new: int = 16) -> dict:
 
 
 @torch.inference_mode()
+def on_gpu(config, batches=(1, 8, 32, 64), n_new=64, device="cuda") -> dict:
+    """Decoding on a GPU, token by token as generate.py does it."""
+    import kernels
+
+    kernels.backend, result = "kernel" if device == "cuda" else "auto", {}
+    for name, quantize, bits in (("bf16", None, 16), ("int8", 8, 8), ("int4", 4, 4.25)):
+        decoder = random_decoder(config, quantize, device)
+        for batch in batches:
+            embeds = torch.randn(batch, PROMPT, config.dim, device=device).bfloat16()
+            for _ in range(2):  # kernels are compiled in the first
+                started = time.perf_counter()
+                _, times = continue_greedily(decoder, embeds, n_new)
+            rate = (n_new - 1) / (times[-1] - times[0])
+            result[f"{name}, {batch} at a time"] = {
+                "first token, s": round(times[0] - started, 4),
+                "decode, tokens/s": round(batch * rate, 1),
+                "weights read, GB/s": round(rate * n_bytes_read(config, bits) / 1e9, 1),
+            }
+    return result
+
+
+@torch.inference_mode()
 def quality(pictures: int) -> dict:
     """Logits of SmolLM2 after a story, and the bundled model's scores on fresh pictures."""
     import evaluate
@@ -471,7 +498,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ("text", "llava", "starts", "speed", "seven", "quality")
+    names = ("text", "llava", "starts", "speed", "seven", "quality", "gpu")
     parser.add_argument("parts", nargs="*", choices=names, help="what to measure")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=5)
@@ -500,6 +527,14 @@ def main():
             command = [sys.executable, __file__, "--child"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[part] = json.loads(done.stdout.splitlines()[-1])
+        elif part == "gpu":
+            if not torch.cuda.is_available():
+                parser.error("gpu needs a CUDA GPU, there is none here")
+            from gpu import machine
+
+            from llama import LLaMAConfig
+
+            found[part] = machine() | on_gpu(LLaMAConfig())
         else:
             found[part] = quality(args.pictures)
         for figures in found.values():

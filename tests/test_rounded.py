@@ -10,7 +10,9 @@ import torch
 pytest.importorskip("triton", reason="triton is for Linux")
 import kernels
 import quantize
+from generate import TINY
 from kernels import rounded
+from llava import LLaVA
 from quantize import QuantizedLinear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,6 +49,17 @@ def test_in_each_type_the_result_is_off_by_its_rounding_only(bits, dtype, chosen
     expected = x.double() @ spelled_out(layer).T
     assert layer(x).dtype == dtype and layer(x, plus=plus).shape == (2, 3, 128)
     assert (layer(x) - expected).abs().max() <= ROUNDING[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@torch.inference_mode()
+def test_a_whole_model_gives_the_same_logits_with_and_without_the_kernel(bits, chosen, monkeypatch):
+    model = LLaVA.from_pretrained(TINY, dtype=torch.float32, device=DEVICE, quantize=bits)
+    ids = torch.tensor([[1, 40, 41, 42, 43]], device=DEVICE)
+    logits = model(ids)
+    monkeypatch.setattr(kernels, "backend", "sdpa")
+    expected = model(ids)
+    assert 0 < (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 def test_many_rows_are_left_to_the_ordinary_product(chosen, monkeypatch):
