@@ -328,7 +328,7 @@ def test_all_misfits_are_named_in_one_message(tmp_path):
     assert "vision_model.pre_layrnorm.bias [16]" in missing
     assert "layers.0.mlp.upp_proj.weight" in unexpected and "image_newline" in unexpected
     assert "linear_1.weight (expected [24, 16], got float32 [24, 15])" in misshapen
-    assert "model.norm.weight (expected [24], got I8 [24])" in misshapen
+    assert "model.norm.weight (expected [24], got int8 [24])" in misshapen
 
 
 def drop(name):
