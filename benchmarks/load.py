@@ -106,7 +106,8 @@ def load(folder: str, how: str):
         bits = {"int8": 8, "int4": 4}.get(how)
         model = fast.prepare(LLaVA.from_pretrained(folder, quantize=bits, mapped=True))
     seconds = time.perf_counter() - started
-    n_bytes = sum(file.stat().st_size for file in weight_files(Path(folder)))
+    stored, _, _ = checkpoint.Checkpoint(folder).sort_names()
+    n_bytes = sum(tensor.n_bytes for tensor in stored.values())
     peak = memory("VmHWM")
 
     class Words:
@@ -124,13 +125,9 @@ def load(folder: str, how: str):
     print(json.dumps(figures))
 
 
-def weight_files(folder: Path) -> list[Path]:
-    return [f for f in folder.rglob("*") if f.suffix in (".bin", ".safetensors")]
-
-
 def plain_read(folder: Path) -> float:
     """GB/s of reading the same files, whatever they hold."""
-    files = weight_files(folder)
+    files = [f for f in folder.rglob("*") if f.suffix in (".bin", ".safetensors")]
     buffer, started = bytearray(2**24), time.perf_counter()
     for file in files:
         with open(file, "rb", buffering=0) as opened:
