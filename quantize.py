@@ -8,10 +8,11 @@ all arithmetic stay as they are ("weight-only"). A weight becomes a small whole 
 
 Both simply round to the nearest number, without any data to calibrate on (LLM.int8(), arXiv
 2208.07339, section 2, has the arithmetic). The head, which names the next token, keeps 8 bits.
-Rounding 7B takes a minute at each start; `checkpoint.py convert --quantize int4` does it once.
+Rounding 7B to int4 takes most of a minute; `checkpoint.py convert --quantize int4` does it once.
 
-On a CPU torch's own kernels read these weights, on a GPU kernels/rounded.py; everywhere else, and
-for many rows, a matrix is spelled out before each product, which saves memory and no time.
+On a CPU torch's own kernels read these weights, on a GPU kernels/rounded.py where it is chosen
+(kernels/__init__.py). Elsewhere, and for many rows, a matrix is spelled out before each product,
+which saves memory and no time.
 benchmarks/generate.json has what the rounding costs, and fast.py arranges the rest for a CPU.
 """
 
