@@ -173,11 +173,13 @@ def settle(path: Path, n_done: int, args, how: Decoding):
         file.write_text(now)
         return
     now, then = json.loads(now), json.loads(file.read_text())
-    other = [key for key in now if now[key] != then.get(key)]
+    other = {
+        f"--{key.replace('_', '-')}": then.get(key) for key in now if now[key] != then.get(key)
+    }
     if other:
-        flags = ", ".join(f"--{key.replace('_', '-')} {then.get(key)}" for key in other)
+        flags = (f"no {key}" if value is None else f"{key} {value}" for key, value in other.items())
         raise ValueError(
-            f"--out: the {n_done} answers in {path} were given with {flags}; "
+            f"--out: the {n_done} answers in {path} were given with {', '.join(flags)}; "
             "say so again, or choose another file"
         )
 
