@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
+import kernels
 from attention import attend
 from llama import KVCache, LLaMA, LLaMAConfig, rope_tables
 from quantize import HEAD_BITS, QuantizedLinear
@@ -124,7 +125,7 @@ class DecoderBlock(nn.Module):
             keys, values = cache.update(self.layer, k, v)  # (B, K, S, Dh)
             if past:  # else the prompt's own, which need not be in the type of the cache
                 k, v = keys, values
-        if T == 1:
+        if T == 1 and x.device.type == "cpu" and not kernels.takes(q, tiles):
             mask = tiles and tiles[0][2]  # (B, 1, 1, S)
             if c.n_heads == c.n_kv_heads:
                 scores = q.float() @ k.float().transpose(2, 3) * c.head_dim**-0.5  # (B, H, 1, S)

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 
 import checkpoint
 import kernels
-from kernels import FEW_ROWS
 
 GROUP = 128  # weights that share a scale in int4; 64 or 32 where a row is no multiple
 HEAD_BITS = 8
@@ -140,7 +139,7 @@ class QuantizedLinear(nn.Module):
             )  # in float32 these kernels are five times slower
         elif not self.packed and kernels.multiplies(rows):
             y = kernels.product(rows, self.q, self.scale, self.mid, self.bits)
-        elif self.packed and len(rows) <= FEW_ROWS:
+        elif self.packed and len(rows) <= kernels.FEW_ROWS:
             y = torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), self.q, self.scale[:, 0])
         elif self.bits == 8:
             y = F.linear(rows, self.q.to(x.dtype)) * self.scale[:, 0].to(x.dtype)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is for Linux")
+import fast
 import kernels
 import quantize
 from generate import TINY
 from kernels import rounded
+from llama import KVCache, LLaMA, LLaMAConfig
 from llava import LLaVA
 from quantize import QuantizedLinear
 
@@ -62,10 +64,26 @@ def test_a_whole_model_gives_the_same_logits_with_and_without_the_kernel(bits, c
     assert 0 < (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
+@torch.inference_mode()
+def test_the_arranged_decoder_decodes_padded_rows_with_the_kernels_too(monkeypatch):
+    torch.manual_seed(0)
+    config = LLaMAConfig(96, dim=128, mlp_dim=160, n_layers=2, n_heads=4, n_kv_heads=4)
+    plain = LLaMA(config).to(DEVICE)
+    ids = torch.tensor([[1, 5, 9, 7], [1, 4, 8, 2]], device=DEVICE)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=DEVICE)
+    expected = plain(ids, mask=mask)[:, -1]
+    decoder = fast.Decoder(plain)
+    monkeypatch.setattr(kernels, "backend", "kernel")
+    cache = KVCache(config, 2, 4, torch.float32, DEVICE)
+    decoder(ids[:, :3], mask=mask[:, :3], cache=cache)
+    logits = decoder(ids[:, 3:], mask=mask, cache=cache)[:, -1]
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_many_rows_are_left_to_the_ordinary_product(chosen, monkeypatch):
     layer = QuantizedLinear(torch.randn(64, 128), 4).to(DEVICE)
     monkeypatch.setattr(rounded, "product", lambda *_: pytest.fail("called"))
-    x = torch.randn(quantize.FEW_ROWS + 1, 128, device=DEVICE)
+    x = torch.randn(kernels.FEW_ROWS + 1, 128, device=DEVICE)
     assert layer(x).shape == (len(x), 64)
 
 
