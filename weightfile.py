@@ -68,7 +68,7 @@ def open_weights(file: Path) -> dict[str, Stored]:
     except SafetensorError as error:
         raise damaged(file, f"no safetensors file, or cut short ({error})") from None
 
-    read = reader(lambda: safe_open(file, "pt").get_tensor, MAX_MAPPED["safetensors"])
+    read = reader(None, lambda: safe_open(file, "pt").get_tensor, MAX_MAPPED["safetensors"])
     return {
         name: Stored(
             file,
@@ -81,14 +81,15 @@ def open_weights(file: Path) -> dict[str, Stored]:
     }
 
 
-def reader(mapped: Callable, limit: int) -> Callable[[str], torch.Tensor]:
+def reader(get: Callable | None, mapped: Callable, limit: int) -> Callable[[str], torch.Tensor]:
     """Tensors of a file by name, mapped: no byte is read before it is used.
 
-    mapped: maps the file and returns a function that gives its tensors
+    get:    gives its tensors, if it is mapped already
+    mapped: maps it and returns a function that does
     limit:  bytes handed out before the file is mapped anew. Pages that were read count as memory of
             this process for as long as their mapping is used, so a mapping should not be all.
     """
-    get, left = None, 0
+    left = limit if get else 0
 
     def read(name):
         nonlocal get, left
@@ -189,10 +190,11 @@ def open_zip(file: Path) -> dict[str, Stored]:
         raise damaged(file, f"a zip whose pickle has more than {MAX_PICKLE:,} bytes")
     if is_script:
         return open_script(file, root, entries)
-    read = reader(lambda: map_torch(file).__getitem__, MAX_MAPPED["torch"])
+    tensors = map_torch(file)
+    read = reader(tensors.__getitem__, lambda: map_torch(file).__getitem__, MAX_MAPPED["torch"])
     return {
         name: Stored(file, name, list(tensor.shape), kind(tensor.dtype), partial(read, name))
-        for name, tensor in map_torch(file).items()
+        for name, tensor in tensors.items()
     }
 
 
