@@ -69,6 +69,11 @@ class Checkpoint:
         """What it holds: "vision_tower" | "language_model" | "llava"."""
         return layouts.PARTS.get(self.family, "llava")
 
+    @property
+    def weight_bits(self) -> int | None:
+        """To how many bits the decoder's matrices are rounded, if they are."""
+        return self.config.notes().get("weight_bits") if self.config else None
+
     # The fields of the config classes. What is not implemented raises CheckpointError.
 
     def vision_config(self) -> dict:
@@ -138,8 +143,8 @@ class Checkpoint:
             if not files:
                 raise CheckpointError(f"{self.path} has params.json, but no consolidated.00.pth")
             return [self._inside(file) for file in files]
-        rounded = self.config.notes().get("weight_bits")
-        names = ["rounded.safetensors"] if rounded else ["model.safetensors", "pytorch_model.bin"]
+        names = ["model.safetensors", "pytorch_model.bin"]
+        names = ["rounded.safetensors"] if self.weight_bits else names
         for name in names:
             if (self.path / name).is_file():
                 return [self._inside(self.path / name)]
@@ -362,9 +367,6 @@ def listing(names: list[str], limit: int = 7) -> str:
     return ", ".join(names[:limit]) + more
 
 
-LARGE = r"\b(layers\..*|lm_head)\.weight$"  # of the matrices, what fast.prepare copies
-
-
 class NoInit(TorchFunctionMode):
     """Skip torch.nn.init: on the meta device it fills nothing, but imports for a second."""
 
@@ -372,6 +374,9 @@ class NoInit(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return func(*args, **(kwargs or {}))
+
+
+LARGE = r"\b(layers\..*|lm_head)\.weight$"  # of the matrices, what fast.prepare copies
 
 
 def build(make, source: Checkpoint, part: str, dtype=None, device=None, take=None, mapped=False):

@@ -107,7 +107,7 @@ def compare(path, base=None, vision_tower=None):
         raise ValueError("compare needs transformers: see requirements-test.txt") from None
     transformers.utils.logging.set_verbosity_error()
     source = checkpoint.Checkpoint(path, base, vision_tower)
-    if source.config and source.config.notes().get("weight_bits"):
+    if source.weight_bits:
         raise ValueError(f"{path} holds rounded weights, which transformers cannot read")
     with tempfile.TemporaryDirectory() as folder:
         direct = source.family in ("clip", "llama", "llava-hf") and not vision_tower

@@ -159,16 +159,11 @@ def place(device: str | None, dtype: str | None, quantize=None) -> tuple[str, to
     return device, torch.bfloat16 if has_bf16 else torch.float16
 
 
-def stored_bits(path, base=None) -> int | None:
-    """To how many bits the weights on disk are rounded, if they are."""
-    config = checkpoint.Checkpoint(path, base).config
-    return config and config.notes().get("weight_bits")
-
-
 def load(args) -> LLaVA:
     """The model that the flags of `add_model_flags` name; stderr says what was chosen."""
     kernels.backend, path = args.attention, args.model or TINY
-    bits = {"int8": 8, "int4": 4}.get(args.quantize, stored_bits(path, args.model_base))
+    stored = checkpoint.Checkpoint(path, args.model_base).weight_bits
+    bits = {"int8": 8, "int4": 4}.get(args.quantize, stored)
     device, dtype = place(args.device, args.dtype, bits)
     prepared = args.attention != "kernel"
     model = LLaVA.from_pretrained(
