@@ -290,7 +290,7 @@ def compare(case: str, dtype: str, rounds: int, n_new: int) -> dict:
 def summaries(runs: dict) -> dict:
     """Figures of all, and how many times better ours is, round by round."""
     result = {name: summary(found) for name, found in runs.items()}
-    for name in runs.keys() - {"ours"}:
+    for name in [name for name in runs if name != "ours"]:
         ratios = [
             {
                 key: ours[key] / theirs[key] if "tokens/s" in key else theirs[key] / ours[key]
